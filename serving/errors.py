@@ -1,0 +1,139 @@
+"""The one tree of errors: each carries a code, an HTTP status, an exit code, whether a retry helps, and the remedy.
+
+Errors are raised where they happen and translated once, at the edge: to an exit code by ``jobs.cli``, to an error row
+by ``jobs.rows``, to an HTTP answer by ``serving.api``.
+"""
+
+from typing import ClassVar
+
+
+class SpanfillError(Exception):
+    """Base of every error that spanfill raises on purpose.
+
+    ``code`` is a stable machine-readable name (also the ``error_code`` of an error row), ``remedy`` one sentence that
+    tells the user what to do.
+    """
+
+    code: ClassVar[str] = "internal"
+    http_status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.message, self.remedy)
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
+
+
+def _rebuild(kind: type[SpanfillError], message: str, remedy: str) -> SpanfillError:
+    return kind(message, remedy=remedy)
+
+
+class UsageError(SpanfillError):
+    """A wrong option or combination of options; nothing was started."""
+
+    code = "bad_usage"
+    http_status = 400
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration file, environment variable or engine argument is wrong; names key and value."""
+
+    code = "bad_config"
+
+
+class InputError(UsageError):
+    """An input file, folder or column is missing, unreadable or of the wrong type; names file, row and column."""
+
+    code = "bad_input"
+
+
+class OutputError(UsageError):
+    """The output folder belongs to another job, is not empty, or cannot be written before anything was started."""
+
+    code = "bad_output"
+
+
+class ModelError(UsageError):
+    """The model is unknown, has no files, or does not fit where it should run."""
+
+    code = "bad_model"
+
+
+class FormatError(ModelError):
+    """The model's tokenizer lacks what the infill format needs, or the format cannot do what is asked."""
+
+    code = "no_infill"
+
+
+class VersionError(UsageError):
+    """Nodes of one cluster run different versions, or stored state is of a format that this version cannot read."""
+
+    code = "version_mismatch"
+
+
+class ResourceError(SpanfillError):
+    """The cluster lacks the cores, GPUs or memory that the replicas ask for."""
+
+    code = "no_resources"
+    http_status = 503
+
+
+class EngineError(SpanfillError):
+    """The engine refused or failed one request; other requests go on."""
+
+    code = "engine_error"
+
+
+class PromptTooLongError(EngineError):
+    """The prompt and ``max_tokens`` together exceed the engine's context."""
+
+    code = "prompt_too_long"
+    http_status = 400
+
+
+class EngineDeadError(EngineError):
+    """The engine process is gone; every request it held may be sent to another replica."""
+
+    code = "engine_dead"
+    http_status = 503
+    retryable = True
+
+
+class StorageError(SpanfillError):
+    """A part, segment or manifest could not be written (disk full, store unreachable); what was published stays."""
+
+    code = "storage_failed"
+
+
+class InputChangedError(SpanfillError):
+    """An input file changed or vanished while the job ran; what was published stays."""
+
+    code = "input_changed"
+
+
+class TooManyErrorsError(SpanfillError):
+    """The share of error rows passed ``max_error_rate``; the job stopped and can be resumed."""
+
+    code = "too_many_errors"
+
+
+class InterruptedJobError(SpanfillError):
+    """SIGINT or SIGTERM; what is done is kept and the same command resumes."""
+
+    code = "interrupted"
+    exit_code = 130
+
+
+class TerminatedJobError(InterruptedJobError):
+    """SIGTERM; as ``InterruptedJobError`` with the exit code that the signal asks for."""
+
+    code = "terminated"
+    exit_code = 143
