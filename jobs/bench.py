@@ -1,0 +1,53 @@
+"""How fast rows flow when the engine costs nothing: the whole path of ``run`` with the instant engine."""
+
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.pairs import standard_library
+from jobs.runner import run_job
+from jobs.spec import JobSpec
+
+
+def feed(*, rows: int, row_bytes: int, replicas: int, seed: int = 0) -> dict[str, Any]:
+    """Cut ``rows`` rows of ``row_bytes`` bytes from the standard library and run them; returns figures for the terminal.
+
+    ``rows_per_second`` counts from the moment the engine is up to the last part written; ``total_seconds`` is all.
+    """
+    with tempfile.TemporaryDirectory(prefix="spanfill-feed-") as folder:
+        source = Path(folder, "rows.parquet")
+        _write_rows(source, rows, row_bytes, seed)
+        spec = JobSpec(input=str(source), output=f"{folder}/out", engine="instant", replicas=replicas, max_tokens=64)
+        started = time.monotonic()
+        manifest = run_job(spec)
+        total = time.monotonic() - started
+    return {
+        "rows": manifest["rows"],
+        "errors": manifest["errors"],
+        "row_bytes": row_bytes,
+        "engine": manifest["engine"],
+        "replicas": manifest["replicas"],
+        "seconds": manifest["seconds_running"],
+        "rows_per_second": round(manifest["rows"] / manifest["seconds_running"], 1),
+        "total_seconds": round(total, 1),
+    }
+
+
+def _write_rows(path: Path, rows: int, row_bytes: int, seed: int) -> None:
+    text = "".join(p.read_text(errors="ignore") for p in sorted(standard_library().glob("*.py")))
+    draw = random.Random(seed)
+    starts = [draw.randrange(len(text) - row_bytes) for _ in range(rows)]
+    half = row_bytes // 2
+    table = pa.table(
+        {
+            "id": pa.array(range(rows), pa.int64()),
+            "prefix": pa.array([text[s : s + half] for s in starts]),
+            "suffix": pa.array([text[s + half : s + row_bytes] for s in starts]),
+        }
+    )
+    pq.write_table(table, path, row_group_size=5_000)

@@ -1,0 +1,335 @@
+"""The ``spanfill`` command: options in, library calls, exit codes out. Thin."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from serving.errors import ConfigError, SpanfillError, UsageError
+
+app = typer.Typer(
+    help="High-throughput batch code infilling on vLLM: Parquet of prefix/suffix pairs in, Parquet of infills out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+bench = typer.Typer(help="Measure spanfill on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+EXIT_ERROR_ROWS = 3
+EXIT_INTERRUPTED = 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress goes to stderr.")]
+ModelName = Annotated[str, typer.Option(help="A known name (see `spanfill models`), a folder or a hub id.")]
+FormatName = Annotated[str | None, typer.Option("--format", help="The infill format where the model does not tell it.")]
+
+
+def main() -> None:
+    """Entry point: errors become one sentence and an exit code here, and nowhere else."""
+    try:
+        app(standalone_mode=True)
+    except SpanfillError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def pairs_of(texts: list[str] | None, option: str) -> dict[str, str] | None:
+    """``KEY=VALUE`` texts as a mapping, or None; raises ``ConfigError``."""
+    if not texts:
+        return None
+    for text in texts:
+        if "=" not in text:
+            raise ConfigError(f"{option} {text!r} has no equals sign.", remedy=f"Write {option} KEY=VALUE.")
+    return dict(text.split("=", 1) for text in texts)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name for name in text.split(",") if name]
+
+
+def _values(texts: dict[str, str] | None) -> dict[str, Any] | None:
+    """Engine arguments as YAML scalars, so that ``enforce_eager=true`` is a boolean."""
+    import yaml
+
+    return None if texts is None else {key: yaml.safe_load(text) for key, text in texts.items()}
+
+
+@app.command(epilog="Example: spanfill run --input pairs.parquet --output out --model demo-codegen25 --max-tokens 64")
+def run(
+    job: Annotated[Path | None, typer.Option(help="A YAML file of these options; flags win over it.")] = None,
+    input: Annotated[str | None, typer.Option(help="Parquet file, folder, glob or URI.")] = None,  # noqa: A002
+    output: Annotated[str | None, typer.Option(help="Folder or URI for the results.")] = None,
+    model: Annotated[str | None, typer.Option(help="Known name, folder or hub id [default: demo-codegen25].")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    format: FormatName = None,  # noqa: A002
+    engine: Annotated[str | None, typer.Option(help="vllm, simulated (roofline clock) or instant.")] = None,
+    engine_arg: Annotated[list[str] | None, typer.Option(help="A vLLM engine argument, KEY=VALUE; repeatable.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Weights and activations, e.g. bfloat16.")] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Engines side by side [default: 1].")] = None,
+    cores: Annotated[int | None, typer.Option(help="CPU cores of each replica [default: an equal share].")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most [default: 128].")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy [default: 0].")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling [default: 1].")] = None,
+    n: Annotated[int | None, typer.Option(help="Samples a row [default: 1].")] = None,
+    seed: Annotated[int | None, typer.Option(help="The job's seed [default: 0].")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Cut the infill at this text; repeatable.")] = None,
+    trim: Annotated[list[str] | None, typer.Option(help="A named trimming of the infill; repeatable.")] = None,
+    prefix_align: Annotated[
+        int | None, typer.Option(help="Start a cut prefix at a multiple of this many tokens.")
+    ] = None,
+    suffix_share: Annotated[float | None, typer.Option(help="Share of the context for the suffix.")] = None,
+    order: Annotated[str | None, typer.Option(help="prefix (shared prompts are neighbours) or input.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME for prefix, suffix or id; repeatable.")] = None,
+    with_: Annotated[str | None, typer.Option("--with", help="mean_logprob,token_ids,source_file,source_row")] = None,
+    keep_columns: Annotated[str | None, typer.Option(help="Input columns to keep, by comma [default: all].")] = None,
+    rows_per_part: Annotated[int | None, typer.Option(help="Input rows of one output file [default: 10000].")] = None,
+    compression: Annotated[str | None, typer.Option(help="zstd, snappy, gzip, lz4 or none.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
+    batch_rows: Annotated[int | None, typer.Option(help="Rows of a micro-batch [default: 32].")] = None,
+    max_attempts: Annotated[int | None, typer.Option(help="Tries of a row that kills its engine [default: 3].")] = None,
+    max_error_rate: Annotated[
+        float | None, typer.Option(help="Stop beyond this share of error rows [default: 0.05].")
+    ] = None,
+    feeders: Annotated[int | None, typer.Option(help="Processes that read and write [default: 1].")] = None,
+    resume: Annotated[bool | None, typer.Option("--resume/--no-resume", help="Go on with a begun job.")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Delete a begun job and start anew.")] = None,
+    json_: Json = False,
+) -> None:
+    """Infill every row of a Parquet input; the same command resumes an interrupted job."""
+    from jobs.progress import Display
+    from jobs.runner import run_job
+    from jobs.spec import parse_spec
+    from serving.config import read_yaml
+
+    given = {
+        key: value
+        for key, value in locals().items()
+        if value is not None and key not in ("job", "engine_arg", "column", "with_", "keep_columns", "json_", "Display")
+        and not callable(value)
+    }  # fmt: skip
+    given |= _present(
+        engine_args=_values(pairs_of(engine_arg, "--engine-arg")),
+        columns=pairs_of(column, "--column"),
+        extra_columns=_names(with_),
+        keep_columns=_names(keep_columns),
+    )
+    spec = parse_spec({**(read_yaml(job) if job else {}), **given})
+    with Display() as display:
+        notice(spec.model, display.console, engine=spec.engine)
+        manifest = run_job(spec, watcher=display)
+    if json_:
+        print(json.dumps(manifest))
+    else:
+        summary(manifest, spec.output)
+    if manifest["errors"]:
+        raise typer.Exit(EXIT_ERROR_ROWS)
+
+
+def _present(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def notice(model: str, console: Console, *, engine: str) -> None:
+    """Print what a user must know before a model is used: research only, a large download, a simulated engine."""
+    from serving.models import KNOWN_MODELS, download_notice, resolve_model
+
+    if engine != "vllm":
+        console.print(f"[bold yellow]{engine} engine:[/] no model is run, every infill is noise.", highlight=False)
+        return
+    if model in KNOWN_MODELS:
+        known = KNOWN_MODELS[model]
+        for text in (known.notice, download_notice(resolve_model(model))):
+            if text:
+                console.print(f"[yellow]{escape(text)}[/]", highlight=False)
+
+
+def summary(manifest: dict[str, Any], output: str) -> None:
+    """Say on stderr what a finished job did."""
+    console = Console(stderr=True)
+    console.print(
+        f"{manifest['rows']:,} rows, {manifest['errors']:,} errors in {manifest['seconds']:,.1f} s: "
+        f"{manifest['rows_per_second']:,.1f} rows/s, {manifest['output_tokens_per_second']:,.0f} output tokens/s, "
+        f"{manifest['prefix_cache_hit_share']:.1%} prefix-cache hits ({manifest['engine']} engine)",
+        highlight=False,
+    )
+    if manifest["errors"]:
+        codes = ", ".join(f"{code}: {count}" for code, count in sorted(manifest["error_codes"].items()))
+        console.print(f"error rows are in {output}/errors ({codes})", highlight=False)
+    console.print(f"infills are in {output}/data; look at some with: spanfill show {output}", highlight=False)
+
+
+@app.command(
+    epilog="Example: spanfill pairs src/ --output pairs.parquet --mode mixed --per-file 20 --exclude '*/test/*'"
+)
+def pairs(
+    sources: Annotated[list[Path], typer.Argument(help="Source files or folders.")],
+    output: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+    mode: Annotated[str, typer.Option(help="line, block, function, span or mixed.")] = "mixed",
+    per_file: Annotated[int, typer.Option(help="Pairs of one file at most.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Pairs at most, spread over the files.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed cuts the same pairs.")] = 0,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of paths to leave out; repeatable.")] = None,
+    json_: Json = False,
+) -> None:
+    """Cut source trees into prefix/suffix/middle rows."""
+    from jobs.pairs import PairsSpec, cut_pairs
+
+    values = {"sources": [str(s) for s in sources], "output": str(output), "mode": mode, "per_file": per_file}
+    values |= {"limit": limit, "seed": seed, "exclude": exclude or []}
+    report = cut_pairs(PairsSpec.parse(values, where="pairs"))
+    if json_:
+        print(json.dumps(report.as_dict()))
+        return
+    console = Console(stderr=True)
+    console.print(f"{report.pairs:,} pairs of {report.files_cut:,} files in {output}", highlight=False)
+    if report.skipped:
+        told = ", ".join(f"{reason}: {count}" for reason, count in sorted(report.skipped.items()))
+        console.print(f"skipped files: {told}", highlight=False)
+
+
+@app.command(epilog="Example: spanfill infill src/main.py:12:8 --model demo-codegen25")
+def infill(
+    cursor: Annotated[str, typer.Argument(help="FILE:LINE:COL, both counted from 1.")],
+    model: ModelName = "demo-codegen25",
+    format: FormatName = None,  # noqa: A002
+    max_tokens: Annotated[int, typer.Option(help="Output tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    json_: Json = False,
+) -> None:
+    """Infill one cursor of a file and print it in place."""
+    from jobs.show import colour
+    from jobs.cursor import split_at
+    from serving import infill as infill_once
+
+    prefix, suffix = split_at(cursor)
+    notice(model, Console(stderr=True), engine="vllm")
+    answer = infill_once(prefix, suffix, model=model, format=format, max_tokens=max_tokens, temperature=temperature)
+    if json_:
+        print(json.dumps({"infill": answer.text, "finish_reason": answer.finish_reason}))
+    else:
+        Console().print(colour(prefix, answer.text, suffix))
+
+
+@app.command(epilog="Example: spanfill explain --input pairs.parquet --row 7")
+def explain(
+    input: Annotated[str, typer.Option(help="Parquet file, folder, glob or URI.")],  # noqa: A002
+    row: Annotated[int, typer.Option(help="Row of the input, from 0.", min=0)] = 0,
+    model: ModelName = "demo-codegen25",
+    format: FormatName = None,  # noqa: A002
+    max_tokens: Annotated[int, typer.Option(help="Room left for the completion.")] = 128,
+    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
+    prefix_align: Annotated[int | None, typer.Option(help="As for run.")] = None,
+    suffix_share: Annotated[float | None, typer.Option(help="As for run.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME; repeatable.")] = None,
+    json_: Json = False,
+) -> None:
+    """Show the exact prompt of one row: control tokens, what was cut, stop ids. No engine is started."""
+    from jobs.explain import explain_row
+
+    spec = {"input": input, "output": ".", "model": model, "max_tokens": max_tokens} | _present(
+        format=format, max_model_len=max_model_len, prefix_align=prefix_align, suffix_share=suffix_share,
+        columns=pairs_of(column, "--column"),
+    )  # fmt: skip
+    told = explain_row(spec, row)
+    if json_:
+        print(json.dumps(told.as_dict()))
+    else:
+        Console().print(told.render())
+
+
+@app.command(epilog="Example: spanfill show out --row 3")
+def show(
+    output: Annotated[str, typer.Argument(help="A job's output folder.")],
+    row: Annotated[int | None, typer.Option(help="Row of the output, from 0.", min=0)] = None,
+    limit: Annotated[int, typer.Option(help="Rows to show.", min=1)] = 5,
+) -> None:
+    """Show infills as coloured text: prefix, infill, suffix."""
+    from jobs.show import panels
+
+    console = Console()
+    for panel in panels(output, row=row, limit=limit):
+        console.print(panel)
+
+
+@app.command(epilog="Example: spanfill models --json")
+def models(json_: Json = False) -> None:
+    """Known models: licence, notices, training data, attribution, citation."""
+    from serving.models import KNOWN_MODELS, describe
+
+    if json_:
+        print(json.dumps({name: describe(model) for name, model in KNOWN_MODELS.items()}))
+        return
+    from rich.table import Table
+
+    for name, model in KNOWN_MODELS.items():
+        shown = Table(title=name, title_justify="left", show_header=False)
+        for key, value in describe(model).items():
+            shown.add_row(key, str(value))
+        Console().print(shown)
+
+
+@app.command(epilog="Example: spanfill demo --rows 300")
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where pairs and infills go.")] = Path("demo"),
+    rows: Annotated[int, typer.Option(help="Pairs to cut and infill.", min=1)] = 300,
+    model: ModelName = "demo-codegen25",
+    seed: Annotated[int, typer.Option(help="Which pairs.")] = 0,
+) -> None:
+    """Cut pairs from the Python standard library, infill them on a real engine, and show the result."""
+    from jobs.demo import cut_demo_pairs, table
+    from jobs.progress import Display
+    from jobs.runner import run_job
+    from jobs.show import panels
+    from jobs.spec import JobSpec
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cut_demo_pairs(folder / "pairs.parquet", rows=rows, seed=seed)
+    output = str(folder / "out")
+    with Display() as display:
+        notice(model, display.console, engine="vllm")
+        spec = JobSpec(input=str(folder / "pairs.parquet"), output=output, model=model, max_tokens=64, overwrite=True)
+        manifest = run_job(spec, watcher=display)
+    console = Console()
+    console.print(table(manifest, output))
+    for panel in panels(output, limit=5):
+        console.print(panel)
+
+
+@bench.command(name="feed", epilog="Example: spanfill bench feed --rows 50000 --json")
+def bench_feed(
+    rows: Annotated[int, typer.Option(help="Rows to feed.", min=1)] = 30_000,
+    row_bytes: Annotated[int, typer.Option(help="Bytes of prefix and suffix together.", min=16)] = 2_048,
+    replicas: Annotated[int, typer.Option(help="Instant engines.", min=1)] = 1,
+    json_: Json = False,
+) -> None:
+    """Rows a second of everything but the model: Parquet, tokenizer, order, Ray Serve, Parquet (instant engine)."""
+    from jobs.bench import feed
+
+    result = feed(rows=rows, row_bytes=row_bytes, replicas=replicas)
+    if json_:
+        print(json.dumps(result))
+    else:
+        Console().print(
+            f"{result['rows_per_second']:,.0f} rows/s over {rows:,} rows of {row_bytes} bytes (instant engine)"
+        )
+
+
+def _check_platform() -> None:
+    if sys.platform != "linux":
+        raise UsageError(f"spanfill runs on Linux, not on {sys.platform}.", remedy="Use Docker: see deploy/Dockerfile.")
+
+
+if __name__ == "__main__":
+    main()

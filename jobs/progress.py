@@ -1,0 +1,117 @@
+"""What the terminal shows of a running job: a rich display, or plain lines when nobody watches."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from jobs.runner import Progress, Watcher
+
+CHECK_AT = 1_000
+"""Completions after which the first look at their quality is printed."""
+
+LOW_EOM_SHARE = 0.5
+PLAIN_SECONDS = 30.0
+
+
+class Display(Watcher):
+    """A watcher that writes to stderr; use it as a context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task: TaskID | None = None
+        self._live = Live(self._bar, console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+        self._spoke = time.monotonic()
+        self._stage = ""
+        self._checked = False
+        self.last: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+        if kind is None and self.last and self.last.tally.samples and not self._checked:
+            self.check_quality(self.last)
+
+    def say(self, message: str) -> None:
+        """Print one line above the display."""
+        self.console.print(escape(message), highlight=False)
+
+    def update(self, progress: Progress) -> None:
+        """Show the latest sums."""
+        self.last = progress
+        if progress.stage != self._stage:
+            self._stage = progress.stage
+            if not self._live:
+                self.say(progress.stage)
+        if not self._checked and progress.tally.samples >= CHECK_AT:
+            self._checked = True
+            self.check_quality(progress)
+        if self._live:
+            self._draw(progress)
+        elif time.monotonic() - self._spoke >= PLAIN_SECONDS:
+            self._spoke = time.monotonic()
+            done = progress.resumed_rows + progress.tally.rows
+            self.say(f"{done:,} of {progress.total:,} rows, {describe_speed(progress)}, {_eta(progress)} left")
+
+    def _draw(self, progress: Progress) -> None:
+        done = progress.resumed_rows + progress.tally.rows
+        if self._task is None:
+            self._task = self._bar.add_task(progress.stage, total=progress.total, speed="")
+        self._bar.update(
+            self._task, description=progress.stage, total=progress.total, completed=done, speed=describe_speed(progress)
+        )
+
+    def check_quality(self, progress: Progress) -> None:
+        """Print how the completions end and three of them; warn loudly when few end by themselves."""
+        tally = progress.tally
+        shares = {name: tally.finish_reasons.get(name, 0) / tally.samples for name in ("eom", "length")}
+        shares |= {"empty": tally.empty / tally.samples, "truncated": tally.truncated / max(1, tally.rows)}
+        told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        self.say(f"after {tally.samples:,} completions: {told}")
+        for example in progress.examples:
+            self.say(f"  row {example['row']} ({example['reason']}): {example['infill'][:200]!r}")
+        if shares["eom"] < LOW_EOM_SHARE:
+            self.console.print(
+                f"[bold red]WARNING: only {shares['eom']:.0%} of the completions end with the model's own end of infill."
+                "[/] Is this the right --format, and is --max-tokens long enough?",
+                highlight=False,
+            )
+
+
+def describe_speed(progress: Progress) -> str:
+    """Rows and tokens a second, cache hits and errors, in one line."""
+    tally, seconds = progress.tally, max(progress.seconds, 1e-9)
+    hits = tally.cached_tokens / tally.prompt_tokens if tally.prompt_tokens else 0.0
+    errors = f", {tally.errors:,} errors" if tally.errors else ""
+    return (
+        f"{tally.rows / seconds:,.1f} rows/s, {tally.completion_tokens / seconds:,.0f} tokens/s, "
+        f"{hits:.0%} cache hits{errors}"
+    )
+
+
+def _eta(progress: Progress) -> str:
+    left = progress.total - progress.resumed_rows - progress.tally.rows
+    if not progress.tally.rows:
+        return "unknown time"
+    seconds = int(left * progress.seconds / progress.tally.rows)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

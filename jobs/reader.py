@@ -1,0 +1,253 @@
+"""Parquet in: find the files, check their footers and columns, stream row ranges."""
+
+import fnmatch
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from jobs.plan import InputFile, Unit
+from jobs.store import Location, locate
+from serving.errors import InputChangedError, InputError
+
+PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+READ_ROWS = 1_024
+OUTPUT_COLUMNS = (
+    "infill finish_reason prompt_tokens completion_tokens prefix_chars suffix_chars truncated sample".split()
+)
+ERROR_COLUMNS = "source_file source_row error_code error_message attempts".split()
+
+
+@dataclass(frozen=True)
+class InputSet:
+    """The files of a job, all of one schema."""
+
+    root: Location
+    files: tuple[InputFile, ...]
+    schema: pa.Schema
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.rows for file in self.files)
+
+
+def find_input(uri: str) -> InputSet:
+    """The Parquet files of a path: a file, a folder (hidden and ``_`` files aside) or a glob.
+
+    Raises ``InputError`` naming the file when there is none, when one is not Parquet or damaged, or when two differ in
+    their columns.
+    """
+    root = locate(uri)
+    infos, base, ignored = _list(root)
+    files, schema = [], None
+    for info in infos:
+        name = PurePosixPath(info.path).relative_to(base).as_posix()
+        file, found = _footer(root, info, name)
+        if schema is not None and not found.equals(schema):
+            raise InputError(
+                f"{name}: {_difference(schema, found)}, unlike {files[0].name}.", remedy="Give each schema a job."
+            )
+        schema = schema or found
+        files.append(file)
+    if schema is None:
+        seen = f" ({len(ignored)} other files were seen)" if ignored else ""
+        raise InputError(
+            f"{uri}: no Parquet file is there{seen}.", remedy="Give a file, a folder or a glob of .parquet files."
+        )
+    return InputSet(root, tuple(files), schema, tuple(ignored))
+
+
+def _list(root: Location) -> tuple[list[pafs.FileInfo], str, list[str]]:
+    if any(c in root.path for c in "*?["):
+        base = PurePosixPath(*_until_glob(PurePosixPath(root.path).parts)).as_posix()
+        infos = [i for i in _walk(root, base) if fnmatch.fnmatch(i.path, root.path)]
+        return infos, base, []
+    try:
+        info = root.fs.get_file_info(root.path)
+    except OSError as error:
+        raise InputError(
+            f"{root} cannot be reached: {error}", remedy="Check the address and your credentials."
+        ) from error
+    if info.type == pafs.FileType.NotFound:
+        raise InputError(f"{root} does not exist.", remedy="Check --input.")
+    if info.type == pafs.FileType.File:
+        return [info], PurePosixPath(info.path).parent.as_posix(), []
+    visible = [i for i in _walk(root, root.path) if not _hidden(i.path, root.path)]
+    parquet = [i for i in visible if i.path.endswith(PARQUET_SUFFIXES)]
+    return parquet, root.path.rstrip("/"), [i.path for i in visible if i not in parquet]
+
+
+def _until_glob(parts: Sequence[str]) -> Iterator[str]:
+    for part in parts:
+        if any(c in part for c in "*?["):
+            return
+        yield part
+
+
+def _walk(root: Location, base: str) -> list[pafs.FileInfo]:
+    selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
+    return sorted((i for i in root.fs.get_file_info(selector) if i.type == pafs.FileType.File), key=lambda i: i.path)
+
+
+def _hidden(path: str, base: str) -> bool:
+    return any(part.startswith((".", "_")) for part in PurePosixPath(path).relative_to(base).parts)
+
+
+def _footer(root: Location, info: pafs.FileInfo, name: str) -> tuple[InputFile, pa.Schema]:
+    if not info.size:
+        raise InputError(f"{name} is empty (0 bytes).", remedy="Remove it or write it again.")
+    try:
+        with root.fs.open_input_file(info.path) as source:
+            source.seek(max(0, info.size - 8))
+            length = int.from_bytes(source.read(4), "little")
+            source.seek(max(0, info.size - 8 - length))
+            digest = hashlib.sha256(source.read(length)).hexdigest()
+            source.seek(0)
+            metadata = pq.ParquetFile(source)
+    except FileNotFoundError:
+        raise InputError(f"{name} has vanished.", remedy="Check --input.") from None
+    except PermissionError:
+        raise InputError(f"{name} may not be read.", remedy="Grant read access to it.") from None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{name} is no readable Parquet file: {error}.", remedy="Write it again or leave it out."
+        ) from error
+    groups = (metadata.metadata.row_group(i) for i in range(metadata.metadata.num_row_groups))
+    size = sum(group.total_byte_size for group in groups)
+    return InputFile(info.path, name, metadata.metadata.num_rows, info.size, size, digest), metadata.schema_arrow
+
+
+def _difference(expected: pa.Schema, found: pa.Schema) -> str:
+    for field in expected:
+        if field.name not in found.names:
+            return f"column {field.name} is missing"
+        if found.field(field.name).type != field.type:
+            return f"column {field.name} is {found.field(field.name).type}, not {field.type}"
+    extra = [name for name in found.names if name not in expected.names]
+    return f"column {extra[0]} is there" if extra else "the columns stand in another order"
+
+
+def check_columns(
+    schema: pa.Schema, *, roles: dict[str, str], named: Sequence[str], kept: Sequence[str], added: Sequence[str]
+) -> None:
+    """Refuse a schema that lacks a role's column, has it in the wrong type, or has a column that the job adds.
+
+    ``roles`` maps ``prefix``, ``suffix`` and ``id`` to column names, ``named`` lists the roles that the user named,
+    ``kept`` the columns that pass through and ``added`` those that the job adds. Raises ``InputError`` naming the column.
+    """
+    if len(set(schema.names)) < len(schema.names):
+        double = next(name for name in schema.names if schema.names.count(name) > 1)
+        raise InputError(f"column {double} is there twice.", remedy="Rename one of them.")
+    for role, name in roles.items():
+        if name not in schema.names:
+            if role == "prefix" or role in named:
+                raise InputError(
+                    f"column {name} is missing; the input has {', '.join(schema.names)}.",
+                    remedy=f"Name the column that holds it: --column {role}=NAME.",
+                )
+            continue
+        kind = schema.field(name).type
+        good = is_text(kind) or (role == "id" and pa.types.is_integer(kind))
+        if role == "suffix" and pa.types.is_null(kind):
+            good = True
+        if not good:
+            wanted = "string or integer" if role == "id" else "string"
+            raise InputError(
+                f"column {name} is {kind}, not {wanted}.", remedy=f"Cast it, or name another: --column {role}=NAME."
+            )
+    for name in kept:
+        if name not in schema.names:
+            raise InputError(f"column {name} is missing.", remedy=f"The input has {', '.join(schema.names)}.")
+    for name in added:
+        if name in kept:
+            raise InputError(
+                f"the input already has a column {name}, which the output adds.",
+                remedy="Rename it, or leave it out with --keep-columns.",
+            )
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type holds strings, as pyarrow, polars or pandas write them."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+class UnitReader:
+    """Streams units' rows; consecutive units of one file go on where the last one ended, in one pass over it."""
+
+    def __init__(self, root: Location, columns: Sequence[str]) -> None:
+        self._root = root
+        self._columns = list(columns)
+        self._path = ""
+        self._at = 0
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._rest: pa.RecordBatch | None = None
+
+    def read(self, file: InputFile, unit: Unit) -> Iterator[pa.RecordBatch]:
+        """The unit's rows in batches; raises ``InputChangedError`` when the file is not what was planned."""
+        try:
+            if file.path != self._path or self._at > unit.start:
+                self._open(file, unit.start)
+            yield from self._take(file, unit)
+        except FileNotFoundError:
+            raise InputChangedError(
+                f"{file.name} has vanished.", remedy="Put it back and run again to resume."
+            ) from None
+        except (pa.ArrowException, OSError) as error:
+            self._path = ""
+            raise InputChangedError(
+                f"{file.name}, rows {unit.start} to {unit.stop}: {error}",
+                remedy="Mend the file and run again to resume.",
+            ) from error
+
+    def _open(self, file: InputFile, start: int) -> None:
+        source = self._root.fs.open_input_file(file.path)
+        if source.size() != file.size:
+            raise InputChangedError(f"{file.name} has changed.", remedy="Put it back, or start anew with --overwrite.")
+        parquet = pq.ParquetFile(source, pre_buffer=False)
+        group, at = 0, 0
+        while group < parquet.num_row_groups and at + parquet.metadata.row_group(group).num_rows <= start:
+            at += parquet.metadata.row_group(group).num_rows
+            group += 1
+        groups = range(group, parquet.num_row_groups)
+        self._batches = parquet.iter_batches(READ_ROWS, row_groups=list(groups), columns=self._columns)
+        self._path, self._at, self._rest = file.path, at, None
+
+    def _take(self, file: InputFile, unit: Unit) -> Iterator[pa.RecordBatch]:
+        while self._at < unit.stop:
+            batch = self._rest if self._rest is not None else next(self._batches, None)
+            if batch is None:
+                raise InputChangedError(f"{file.name} holds fewer rows than its footer said.", remedy="Write it again.")
+            self._rest = None
+            skip = max(0, unit.start - self._at)
+            keep = min(batch.num_rows, unit.stop - self._at)
+            if keep < batch.num_rows:
+                self._rest = batch.slice(keep)
+            self._at += keep
+            if skip < keep:
+                yield batch.slice(skip, keep - skip)
+
+
+def texts(column: pa.Array) -> list[str | None | UnicodeDecodeError]:
+    """The strings of a column; a value that is not UTF-8 comes back as the error that decoding it gave."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        values: list[str | None | UnicodeDecodeError] = column.to_pylist()
+    except UnicodeDecodeError:
+        return [_text(value) for value in column.cast(pa.large_binary()).to_pylist()]
+    return values
+
+
+def _text(value: bytes | None) -> str | None | UnicodeDecodeError:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError as error:
+        return error

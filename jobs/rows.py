@@ -1,0 +1,122 @@
+"""One row's way, without I/O: its seed, its prompt, and from the engine's answer to the columns of the output."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.ledger import Sample, Tally
+from jobs.reader import texts
+from jobs.spec import JobSpec
+from serving.errors import InputError, SpanfillError
+from serving.formats import Format, Prompt
+from serving.protocol import Result
+from serving.trimming import TRIMMINGS
+
+
+@dataclass(slots=True)
+class PromptFacts:
+    """What a row's prompt was, without its token ids."""
+
+    prompt_tokens: int
+    prefix_chars: int
+    suffix_chars: int
+    truncated: bool
+
+
+def row_seeds(spec: JobSpec, identity: str, row: int) -> tuple[int, ...]:
+    """One 63-bit seed a sample: a hash of the job's seed, the row's id (else its file and number) and the sample."""
+    if spec.temperature == 0:
+        return (0,)
+    texts = (f"{spec.seed}\0{identity}\0{sample}" for sample in range(spec.n))
+    return tuple(int.from_bytes(hashlib.blake2b(t.encode(), digest_size=8).digest()) >> 1 for t in texts)
+
+
+def row_prompts(spec: JobSpec, fmt: Format, max_context: int, batch: pa.RecordBatch) -> list[Prompt | SpanfillError]:
+    """The prompt of each row of a batch, or the error that makes it an error row."""
+    pairs: list[tuple[str, str | None]] = []
+    errors: dict[int, SpanfillError] = {}
+    prefixes = texts(batch.column(spec.column("prefix")))
+    suffix = spec.column("suffix")
+    suffixes = texts(batch.column(suffix)) if suffix in batch.schema.names else [None] * batch.num_rows
+    for row, (before, after) in enumerate(zip(prefixes, suffixes, strict=True)):
+        error = _text_error(spec.column("prefix"), before, required=True) or _text_error(suffix, after, required=False)
+        if error is not None:
+            errors[row] = error
+        pairs.append(("", "") if error is not None else (before, after))  # type: ignore[arg-type]
+    prompts = fmt.prompt_batch(
+        pairs,
+        max_tokens=spec.max_tokens,
+        max_context=max_context,
+        prefix_align=spec.prefix_align,
+        suffix_share=spec.suffix_share,
+    )
+    return [errors.get(row, prompt) for row, prompt in enumerate(prompts)]
+
+
+def _text_error(column: str, value: str | None | UnicodeDecodeError, *, required: bool) -> InputError | None:
+    if isinstance(value, UnicodeDecodeError):
+        return InputError(f"column {column} is not UTF-8 at byte {value.start}.", remedy="Decode it before.")
+    if value is None and required:
+        return InputError(f"column {column} is null.", remedy="Give a prefix; an empty one is allowed.")
+    return None
+
+
+def to_samples(result: Result, row: int, attempts: int) -> list[Sample]:
+    """What must be kept of an engine's answer."""
+    if result.error_code is not None:
+        return [Sample(row, 0, [], error_code=result.error_code, error_message=result.error_message, attempts=attempts)]
+    return [
+        Sample(row, number, c.token_ids, c.stop_token_id, _mean(c.logprobs), attempts=attempts)
+        for number, c in enumerate(result.completions)
+    ]
+
+
+def _mean(logprobs: Sequence[float] | None) -> float | None:
+    return sum(logprobs) / len(logprobs) if logprobs else None
+
+
+def output_columns(
+    spec: JobSpec,
+    fmt: Format,
+    facts: Sequence[PromptFacts],
+    pairs: Sequence[tuple[str, str | None]],
+    samples: Sequence[Sample],
+    source_file: str,
+    tally: Tally,
+) -> dict[str, Any]:
+    """The added columns, one value a sample, and their sums in ``tally``; all sequences run in parallel."""
+    infills = [_finish(spec, fmt, s, *pair) for s, pair in zip(samples, pairs, strict=True)]
+    for sample, fact, (text, reason) in zip(samples, facts, infills, strict=True):
+        tally.samples += 1
+        tally.completion_tokens += len(sample.token_ids)
+        tally.empty += not text
+        tally.truncated += fact.truncated
+        tally.finish_reasons[reason] = tally.finish_reasons.get(reason, 0) + 1
+    columns: dict[str, Any] = {
+        "infill": pa.array([text for text, _ in infills], pa.string()),
+        "finish_reason": pa.array([reason for _, reason in infills], pa.string()),
+        "prompt_tokens": pa.array([f.prompt_tokens for f in facts], pa.int32()),
+        "completion_tokens": pa.array([len(s.token_ids) for s in samples], pa.int32()),
+        "prefix_chars": pa.array([f.prefix_chars for f in facts], pa.int32()),
+        "suffix_chars": pa.array([f.suffix_chars for f in facts], pa.int32()),
+        "truncated": pa.array([f.truncated for f in facts], pa.bool_()),
+        "sample": pa.array([s.sample for s in samples], pa.int32()),
+    }
+    extra = {
+        "mean_logprob": lambda: pa.array([s.mean_logprob for s in samples], pa.float32()),
+        "token_ids": lambda: pa.array([s.token_ids for s in samples], pa.list_(pa.int32())),
+        "source_file": lambda: pa.array([source_file] * len(samples), pa.string()),
+        "source_row": lambda: pa.array([s.row for s in samples], pa.int64()),
+    }
+    return columns | {name: extra[name]() for name in spec.extra_columns}
+
+
+def _finish(spec: JobSpec, fmt: Format, sample: Sample, prefix: str, suffix: str | None) -> tuple[str, str]:
+    infill = fmt.infill(sample.token_ids, stop_token_id=sample.stop_token_id, stop=spec.stop)
+    text = infill.text
+    for name in spec.trim:
+        text = TRIMMINGS[name](text, prefix, suffix or "")
+    return text, infill.finish_reason

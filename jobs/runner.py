@@ -1,0 +1,358 @@
+"""The visible loop: plan, start, feed, watch, commit."""
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any
+
+import ray
+
+from jobs.feeder import Feeder, FeederConfig
+from jobs.ledger import FORMAT_VERSION, Ledger, Tally
+from jobs.plan import InputFile, Unit, plan_units
+from jobs.preflight import check_cluster, check_writable, package_version, versions
+from jobs.reader import ERROR_COLUMNS, OUTPUT_COLUMNS, InputSet, check_columns, find_input
+from jobs.spec import ROLES, JobSpec, fingerprint
+from jobs.store import Location, locate
+from serving import fleet
+from serving.app import DEPLOYMENT
+from serving.config import EngineConfig, ReplicaConfig
+from serving.engine import check_engine_args
+from serving.errors import (
+    InterruptedJobError,
+    SpanfillError,
+    TerminatedJobError,
+    TooManyErrorsError,
+)
+from serving.formats import load_format
+from serving.models import Model, resolve_model
+
+UNITS_AHEAD = 2
+"""Units that a feeder has under way: while one drains, the next is read and tokenised."""
+
+CALLS_PER_REPLICA = 8
+MIN_ROWS_FOR_ERROR_RATE = 100
+POLL_SECONDS = 0.2
+
+
+@dataclass
+class Progress:
+    """What a progress display shows; ``rows`` counts finished input rows, of ``total``."""
+
+    total: int
+    tally: Tally = field(default_factory=Tally)
+    resumed_rows: int = 0
+    seconds: float = 0.0
+    stage: str = "starting"
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+
+class Watcher:
+    """What ``run_job`` tells while it works; override what you want to hear."""
+
+    def say(self, message: str) -> None:
+        """One plain line for the user."""
+
+    def update(self, progress: Progress) -> None:
+        """Called several times a second."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job made ready: everything resolved and checked, nothing started."""
+
+    spec: JobSpec
+    model: Model
+    engine: EngineConfig
+    inputs: InputSet
+    output: Location
+    format_name: str
+    identity: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """What names the job's parts."""
+        return fingerprint(self.identity)
+
+    @property
+    def total_rows(self) -> int:
+        """Rows to do."""
+        return min(self.inputs.rows, self.spec.limit or self.inputs.rows)
+
+
+def prepare_job(spec: JobSpec) -> Job:
+    """Resolve and check a job; raises a ``UsageError`` for everything that is wrong before anything is started."""
+    model = resolve_model(spec.model, format=spec.format, revision=spec.revision)
+    check_engine_args(spec.engine_args)
+    engine = engine_config(spec, model)
+    fmt = load_format(model.format, model=spec.model)
+    fmt.check_budget(spec.max_tokens, engine.max_model_len)
+    inputs = find_input(spec.input)
+    named = [role for role in ROLES if role in spec.columns]
+    kept = spec.keep_columns if spec.keep_columns is not None else inputs.schema.names
+    added = [*OUTPUT_COLUMNS, *spec.extra_columns, *ERROR_COLUMNS]
+    check_columns(inputs.schema, roles={r: spec.column(r) for r in ROLES}, named=named, kept=kept, added=added)
+    if spec.column("suffix") in inputs.schema.names:
+        fmt.check_infill()
+    files = [{"name": f.name, "rows": f.rows, "size": f.size, "footer": f.digest} for f in inputs.files]
+    identity = spec.infill_identity(engine, files)
+    return Job(spec, model, engine, inputs, locate(spec.output), model.format, identity)
+
+
+def engine_config(spec: JobSpec, model: Model) -> EngineConfig:
+    """The engine that a job asks for."""
+    return EngineConfig.parse(
+        {
+            "kind": spec.engine,
+            "model": str(model.path or model.hub_id),
+            "revision": model.revision,
+            "dtype": spec.dtype or model.dtype,
+            "max_model_len": spec.max_model_len or model.context,
+            "tensor_parallel_size": spec.tensor_parallel_size,
+            "engine_args": spec.engine_args,
+        }
+    )
+
+
+def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Run a job to its end, or go on with an interrupted one; returns the manifest.
+
+    Raises a ``UsageError`` before anything is started, ``InterruptedJobError`` on SIGINT or SIGTERM,
+    ``TooManyErrorsError`` beyond ``max_error_rate``, ``StorageError`` or ``EngineError`` when it cannot go on. What is
+    finished then stays, and running the same spec resumes.
+    """
+    watcher = watcher or Watcher()
+    job = prepare_job(spec)
+    ledger = Ledger(job.output, job.fingerprint)
+    resumed = ledger.open(job.identity, spec.model_dump(mode="json"), resume=spec.resume, overwrite=spec.overwrite)
+    check_writable(job.output)
+    planned = plan_units(job.inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
+    units = ledger.plan(job.inputs.files, planned)
+    done = ledger.done()
+    left = deque(unit for unit in units if unit.index not in done)
+    progress = Progress(job.total_rows, resumed_rows=sum(u.rows for u in units if u.index in done))
+    if resumed:
+        watcher.say(f"resuming: {len(done)} of {len(units)} parts are done")
+    started = time.monotonic()
+    if left:
+        with _interruptible() as signals:
+            _feed(job, ledger, left, progress, watcher, signals)
+    return _commit(job, ledger, units, time.monotonic() - started)
+
+
+def _feed(
+    job: Job, ledger: Ledger, left: deque[Unit], progress: Progress, watcher: Watcher, signals: "Signals"
+) -> None:
+    spec = job.spec
+    fleet.connect()
+    try:
+        feeders = _start_feeders(job)
+        running: dict[Any, Any] = {}
+        _top_up(feeders, running, left, job.inputs.files)
+        check_cluster(job.engine, [Location(job.inputs.root.uri, f.path) for f in job.inputs.files[:1]], job.output)
+        progress.stage = "starting the engine"
+        watcher.update(progress)
+        replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
+        service = fleet.join_or_start(job.engine, replicas, say=watcher.say, should_stop=signals.received)
+        try:
+            _attach(feeders, service, spec)
+            progress.stage = "running"
+            _watch(job, feeders, running, left, progress, watcher, signals, service)
+        finally:
+            service.release()
+    finally:
+        fleet.disconnect()
+
+
+def _start_feeders(job: Job) -> list[Any]:
+    actor = ray.remote(Feeder).options(num_cpus=0, max_concurrency=64)
+    config = feeder_config(job)
+    return [actor.remote(config) for _ in range(job.spec.feeders)]
+
+
+def feeder_config(job: Job) -> FeederConfig:
+    """What the job's feeders are told."""
+    spec = job.spec
+    kept = [n for n in job.inputs.schema.names if spec.keep_columns is None or n in spec.keep_columns]
+    roles = [spec.column(role) for role in ROLES]
+    columns = [name for name in job.inputs.schema.names if name in kept or name in roles]
+    schema = job.inputs.schema.remove_metadata()
+    return FeederConfig(
+        spec=spec,
+        input=job.inputs.root,
+        output=job.output,
+        fingerprint=job.fingerprint,
+        format=job.format_name,
+        tokenizer=spec.model,
+        max_model_len=job.engine.max_model_len,
+        schema=_select(schema, columns),
+        kept=tuple(kept),
+        metadata=provenance(job),
+    )
+
+
+def _select(schema: Any, names: list[str]) -> Any:
+    import pyarrow as pa
+
+    return pa.schema([schema.field(name) for name in names])
+
+
+def provenance(job: Job) -> dict[str, Any]:
+    """What each part and the manifest say of where the infills come from."""
+    model = job.model
+    return {
+        "format_version": FORMAT_VERSION,
+        "engine": job.engine.kind,
+        "model": job.spec.model,
+        "model_source": job.engine.model if model.path is None else model.name,
+        "revision": job.engine.revision,
+        "format": job.format_name,
+        "licence": model.licence,
+        "notice": model.notice,
+        "citation": model.citation,
+        "versions": versions(),
+        "job": job.fingerprint,
+    } | ({} if job.engine.kind == "vllm" else {"simulated": "no model computed these rows; their text is noise"})
+
+
+def _attach(feeders: list[Any], service: fleet.Fleet, spec: JobSpec) -> None:
+    window = max(2, CALLS_PER_REPLICA * spec.replicas // len(feeders))
+    ray.get([feeder.attach.remote(DEPLOYMENT, service.name, window) for feeder in feeders])
+
+
+def _top_up(feeders: list[Any], running: dict[Any, Any], left: deque[Unit], files: tuple[InputFile, ...]) -> None:
+    for feeder in feeders:
+        while left and sum(f is feeder for f, _ in running.values()) < UNITS_AHEAD:
+            unit = left.popleft()
+            file = files[unit.file] if files else InputFile("", "", 0, 0, 0, "")
+            running[feeder.run.remote(unit, file)] = (feeder, unit)
+
+
+def _watch(
+    job: Job,
+    feeders: list[Any],
+    running: dict[Any, Any],
+    left: deque[Unit],
+    progress: Progress,
+    watcher: Watcher,
+    signals: "Signals",
+    service: fleet.Fleet,
+) -> None:
+    started = time.monotonic()
+    try:
+        while running:
+            ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+            for reference in ready:
+                ray.get(reference)
+                del running[reference]
+            _top_up(feeders, running, left, job.inputs.files)
+            _collect(feeders, progress, watcher)
+            progress.seconds = time.monotonic() - started
+            watcher.update(progress)
+            service.beat()
+            signals.check()
+            _check_errors(job.spec, progress.tally)
+    except (SpanfillError, KeyboardInterrupt):
+        progress.stage = "stopping"
+        watcher.update(progress)
+        ray.get([feeder.stop.remote() for feeder in feeders], timeout=20)
+        raise
+    except ray.exceptions.RayTaskError as error:
+        ray.get([feeder.stop.remote() for feeder in feeders], timeout=20)
+        raise (error.cause if isinstance(error.cause, SpanfillError) else error) from None
+
+
+def _collect(feeders: list[Any], progress: Progress, watcher: Watcher) -> None:
+    tally = Tally()
+    examples: list[dict[str, str]] = []
+    for part, shown, said in ray.get([feeder.progress.remote() for feeder in feeders]):
+        tally.add(part)
+        examples += shown
+        for message in said:
+            watcher.say(message)
+    progress.tally, progress.examples = tally, examples[:3]
+
+
+def _check_errors(spec: JobSpec, tally: Tally) -> None:
+    if tally.rows >= MIN_ROWS_FOR_ERROR_RATE and tally.errors > spec.max_error_rate * tally.rows:
+        codes = ", ".join(f"{code}: {count}" for code, count in sorted(tally.error_codes.items()))
+        raise TooManyErrorsError(
+            f"{tally.errors} of {tally.rows} rows failed ({codes}), more than --max-error-rate {spec.max_error_rate:g}.",
+            remedy="Mend the cause and run again to resume, or raise --max-error-rate.",
+        )
+
+
+def _commit(job: Job, ledger: Ledger, units: list[Unit], seconds: float) -> dict[str, Any]:
+    total, digests = Tally(), {}
+    for tally, parts in ledger.read_reports(unit.index for unit in units):
+        total.add(tally)
+        digests.update(parts)
+    manifest = {
+        **provenance(job),
+        "spanfill": package_version(),
+        "input": str(job.inputs.root),
+        "input_rows": job.total_rows,
+        "rows": total.samples,
+        "errors": total.errors,
+        "error_codes": total.error_codes,
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(total.samples / seconds, 3) if seconds else 0.0,
+        "output_tokens_per_second": round(total.completion_tokens / seconds, 3) if seconds else 0.0,
+        "prompt_tokens": total.prompt_tokens,
+        "completion_tokens": total.completion_tokens,
+        "cached_tokens": total.cached_tokens,
+        "prefix_cache_hit_share": round(total.cached_tokens / total.prompt_tokens, 4) if total.prompt_tokens else 0.0,
+        "finish_reasons": total.finish_reasons,
+        "truncated": total.truncated,
+        "empty": total.empty,
+        "replicas": total.replicas,
+        "parts": digests,
+        "tally": asdict(total),
+    }
+    ledger.write_manifest(manifest)
+    return manifest
+
+
+class Signals:
+    """SIGINT and SIGTERM as something to look at between two steps."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler; a second signal ends the process at once."""
+        if self._number:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._number = number
+
+    def received(self) -> bool:
+        """Whether one has come."""
+        return bool(self._number)
+
+    def check(self) -> None:
+        """Raise what the signal asks for."""
+        if self._number:
+            kind = TerminatedJobError if self._number == signal.SIGTERM else InterruptedJobError
+            raise kind("interrupted; what is done is kept.", remedy="Run the same command again to resume.")
+
+
+@contextmanager
+def _interruptible() -> Iterator[Signals]:
+    signals = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    old: dict[int, Callable[..., Any] | int | None] = {
+        n: signal.signal(n, signals) for n in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield signals
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

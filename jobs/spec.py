@@ -1,0 +1,111 @@
+"""``JobSpec``: everything that a job is, as one frozen record; every field is an option of ``spanfill run``."""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import Field, JsonValue, model_validator
+
+from serving.config import EngineConfig, EngineKind, Frozen
+from serving.errors import ConfigError
+from serving.trimming import TRIMMINGS
+
+ROLES = ("prefix", "suffix", "id")
+EXTRA_COLUMNS = ("mean_logprob", "token_ids", "source_file", "source_row")
+COMPRESSIONS = ("zstd", "snappy", "gzip", "lz4", "none")
+
+
+class JobSpec(Frozen):
+    """A job: Parquet of prefix/suffix pairs in, Parquet of infills out.
+
+    ``input`` is a file, a folder or a glob, local or a URI; ``output`` a folder that belongs to this job. Lengths are
+    in tokens, ``max_error_rate`` is a share of the rows tried. Raises ``ConfigError`` naming every wrong field.
+    """
+
+    input: str
+    output: str
+    model: str = "demo-codegen25"
+    revision: str | None = None
+    format: str | None = None
+    engine: EngineKind = "vllm"
+    engine_args: dict[str, JsonValue] = Field(default_factory=dict)
+    dtype: str | None = None
+    tensor_parallel_size: int = Field(1, ge=1)
+    max_model_len: int | None = Field(None, ge=16)
+    replicas: int = Field(1, ge=1)
+    cores: int = Field(0, ge=0)
+
+    max_tokens: int = Field(128, ge=1)
+    temperature: float = Field(0.0, ge=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=1024)
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    stop: tuple[str, ...] = ()
+    trim: tuple[str, ...] = ()
+    prefix_align: int | None = Field(None, ge=1)
+    suffix_share: float | None = Field(None, ge=0, le=1)
+    order: Literal["prefix", "input"] = "prefix"
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    extra_columns: tuple[str, ...] = ()
+    keep_columns: tuple[str, ...] | None = None
+    rows_per_part: int = Field(10_000, ge=1)
+    compression: str = "zstd"
+    limit: int | None = Field(None, ge=1)
+
+    batch_rows: int = Field(32, ge=1)
+    max_attempts: int = Field(3, ge=1)
+    max_error_rate: float = Field(0.05, ge=0, le=1)
+    feeders: int = Field(1, ge=1)
+    resume: bool = True
+    retry_errors: bool = False
+    overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "JobSpec":
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError("n > 1 at temperature 0 would repeat one infill; set temperature")
+        if self.overwrite and self.retry_errors:
+            raise ValueError("overwrite and retry_errors exclude each other")
+        _known("columns", self.columns, ROLES)
+        _known("extra_columns (--with)", self.extra_columns, EXTRA_COLUMNS)
+        _known("trim", self.trim, TRIMMINGS)
+        _known("compression", (self.compression,), COMPRESSIONS)
+        if any(not text for text in self.stop):
+            raise ValueError("a stop string is empty")
+        return self
+
+    def column(self, role: str) -> str:
+        """The input column that plays ``role`` (``prefix``, ``suffix`` or ``id``)."""
+        return self.columns.get(role, role)
+
+    def infill_identity(self, engine: EngineConfig, files: list[dict[str, Any]]) -> dict[str, Any]:
+        """What can change an infill or its columns, and nothing else: the ground of the job's fingerprint."""
+        names = (
+            "format max_tokens temperature top_p n seed stop trim prefix_align suffix_share columns extra_columns"
+            " keep_columns rows_per_part compression limit"
+        )
+        return {
+            "input": files,
+            "engine": {"kind": engine.kind, "model": self.model, "revision": engine.revision, "dtype": engine.dtype}
+            | {"max_model_len": engine.max_model_len, "engine_args": engine.engine_args},
+            **self.model_dump(mode="json", include=set(names.split())),
+        }
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits of the identity's sha256."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _known(field: str, names: Any, known: Any) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{field}: {name!r} is none of {', '.join(sorted(known))}")
+
+
+def parse_spec(values: dict[str, Any]) -> JobSpec:
+    """A job from a mapping; raises ``ConfigError``."""
+    if "input" not in values or "output" not in values:
+        raise ConfigError("a job needs input and output.", remedy="Give --input PATH and --output DIR.")
+    return JobSpec.parse(values, where="job")

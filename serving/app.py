@@ -1,0 +1,105 @@
+"""Assembly: one configuration -> one Ray Serve application of replicas. The only place that puts it together."""
+
+from typing import Any
+
+from pydantic import Field
+from ray import serve
+from ray.serve import Application
+
+from serving.config import EngineConfig, Frozen, ReplicaConfig
+from serving.engine import check_engine_args
+from serving.models import resolve_model
+from serving.replica import Replica
+
+DEPLOYMENT = "Replica"
+HEALTH_CHECK_PERIOD_S = 2.0
+HEALTH_CHECK_TIMEOUT_S = 30.0
+SIMULATED_CORES = 0.001
+"""What a simulated replica asks of Ray: enough to be counted, so little that hundreds fit a laptop."""
+
+
+class AppConfig(Frozen):
+    """What ``serve.yaml`` may say; ``model`` is a known name, a folder or a hub id."""
+
+    model: str
+    revision: str | None = None
+    format: str | None = None
+    engine: str = "vllm"
+    dtype: str | None = None
+    max_model_len: int | None = Field(None, gt=0)
+    tensor_parallel_size: int = Field(1, ge=1)
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    replicas: ReplicaConfig = ReplicaConfig()
+
+    def engine_config(self) -> EngineConfig:
+        """The engine that every replica runs; raises ``ModelError`` or ``ConfigError``."""
+        check_engine_args(self.engine_args)
+        model = resolve_model(self.model, format=self.format, revision=self.revision)
+        return EngineConfig.parse(
+            {
+                "kind": self.engine,
+                "model": str(model.path or model.hub_id),
+                "revision": model.revision,
+                "dtype": self.dtype or model.dtype,
+                "max_model_len": self.max_model_len or model.context,
+                "tensor_parallel_size": self.tensor_parallel_size,
+                "engine_args": self.engine_args,
+            }
+        )
+
+
+def build(engine: EngineConfig, replica: ReplicaConfig) -> Application:
+    """The application: ``replica.replicas`` replicas of one engine, each with cores or GPUs of its own.
+
+    A replica's resources are one placement-group bundle, so that the ranks of a tensor-parallel engine share a node.
+    """
+    bundle: dict[str, float] = {"CPU": _cores(engine, replica)}
+    if replica.use_gpu and engine.kind == "vllm":
+        bundle["GPU"] = engine.tensor_parallel_size
+    deployment = serve.deployment(
+        Replica,
+        name=DEPLOYMENT,
+        num_replicas=replica.replicas,
+        ray_actor_options={"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)},
+        placement_group_bundles=[bundle],
+        placement_group_strategy="STRICT_PACK",
+        max_ongoing_requests=replica.max_ongoing_requests,
+        graceful_shutdown_timeout_s=replica.drain_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        max_constructor_retry_count=2,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    return deployment.bind(engine, replica)
+
+
+def _cores(engine: EngineConfig, replica: ReplicaConfig) -> float:
+    if engine.kind != "vllm":
+        return SIMULATED_CORES
+    return float(max(1, replica.cores))
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """For ``serve run deploy/serve.yaml``: validate the file's arguments and build; raises ``ConfigError``."""
+    import ray
+
+    config = AppConfig.parse(args, where="serve.yaml args")
+    replica = config.replicas
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return build(config.engine_config(), place(replica, nodes))
+
+
+def place(replica: ReplicaConfig, nodes: list[dict[str, float]]) -> ReplicaConfig:
+    """Decide GPUs or cores from the resources of the live nodes where the configuration leaves it open.
+
+    On CPUs the replicas are dealt over the nodes and each gets an equal share of its node's cores.
+    """
+    if replica.cores or any(node.get("GPU", 0) for node in nodes):
+        use_gpu = replica.use_gpu or any(node.get("GPU", 0) for node in nodes)
+        return replica.model_copy(update={"use_gpu": use_gpu})
+    cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1] or [1]
+    share = max(cores)
+    while share > 1 and sum(c // share for c in cores) < replica.replicas:
+        share -= 1
+    return replica.model_copy(update={"cores": share})

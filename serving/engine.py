@@ -1,0 +1,284 @@
+"""vLLM behind ``generate``: token ids in, token ids out. The only module that imports vllm."""
+
+import ast
+import asyncio
+import difflib
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from serving.config import EngineConfig
+from serving.cores import available_cores
+from serving.errors import ConfigError, EngineDeadError
+from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
+
+OWN_ARGUMENTS = {
+    "model": "--model",
+    "revision": "--revision",
+    "dtype": "--dtype",
+    "tensor_parallel_size": "--tensor-parallel-size",
+    "tokenizer": "--format",
+    "skip_tokenizer_init": "nothing: token ids cross the engine, never text",
+    "scheduling_policy": "nothing: interactive requests come before batch rows",
+}
+"""Engine arguments that spanfill sets itself, with what sets them."""
+
+CPU_DEFAULTS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 2 << 30, "max_num_seqs": 64}
+"""Without compilation an engine starts in a third of the time; without a size vLLM would take most of the memory."""
+
+
+@cache
+def engine_argument_names() -> frozenset[str]:
+    """The names of vLLM's engine arguments, read from its source: importing it would take seconds and 700 MB."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return frozenset()
+    source = Path(spec.submodule_search_locations[0], "engine", "arg_utils.py").read_text(encoding="utf-8")
+    classes = [
+        n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name in ("EngineArgs", "AsyncEngineArgs")
+    ]
+    fields = (f for c in classes for f in c.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name))
+    return frozenset(f.target.id for f in fields if isinstance(f.target, ast.Name))
+
+
+def check_engine_args(names: Iterable[str]) -> None:
+    """Refuse engine arguments that vLLM does not know or that spanfill sets itself; raises ``ConfigError``."""
+    known = engine_argument_names()
+    for name in names:
+        if name in OWN_ARGUMENTS:
+            raise ConfigError(
+                f"engine argument {name} cannot be set here.", remedy=f"It is set by {OWN_ARGUMENTS[name]}."
+            )
+        if known and name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"Did you mean {', '.join(close)}?" if close else "See vLLM's engine arguments."
+            raise ConfigError(f"engine argument {name} is unknown to vLLM {installed_version('vllm')}.", remedy=hint)
+
+
+def installed_version(package: str) -> str:
+    """The version of an installed package, of its CPU build too, or an empty string."""
+    for name in (package, f"{package}-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+class VllmEngine:
+    """One AsyncLLM. Make it with ``VllmEngine.start``; it belongs to the event loop that made it."""
+
+    def __init__(self, llm: Any, info: EngineInfo, counters: "_Counters") -> None:
+        self._llm = llm
+        self._info = info
+        self._counters = counters
+        self._vocab_size: int = llm.model_config.get_vocab_size()
+        self._ids = itertools.count()
+
+    @classmethod
+    async def start(cls, config: EngineConfig, *, cores: tuple[int, ...] = ()) -> "VllmEngine":
+        """Load the model; takes tens of seconds.
+
+        ``cores`` are bound to the engine on a CPU (all that the process may use when empty). Raises ``ConfigError`` for
+        engine arguments that vLLM refuses.
+        """
+        check_engine_args(config.engine_args)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        bound = cores or tuple(available_cores())
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _core_binding(bound, config.tensor_parallel_size)
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        on_cpu = current_platform.is_cpu()
+        try:
+            arguments = AsyncEngineArgs(**_engine_args(config, on_cpu=on_cpu))
+            vllm_config = arguments.create_engine_config()
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"vLLM refuses its configuration: {error}", remedy="Change the engine arguments."
+            ) from error
+        counters = _Counters()
+        llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[counters.logger])
+        cache_config = vllm_config.cache_config
+        info = EngineInfo(
+            kind="vllm",
+            model=config.model,
+            max_model_len=vllm_config.model_config.max_model_len,
+            max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+            block_size=cache_config.block_size,
+            kv_cache_tokens=(cache_config.num_gpu_blocks or 0) * cache_config.block_size,
+            dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
+            device=current_platform.device_name if on_cpu else current_platform.get_device_name(),
+            cores=bound if on_cpu else (),
+            versions={name: installed_version(name) for name in ("vllm", "torch", "ray", "spanfill")},
+        )
+        return cls(llm, info, counters)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What this engine is."""
+        return self._info
+
+    async def generate(
+        self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
+    ) -> Result:
+        """Answer one request, its samples side by side; what vLLM refuses comes back as the result's error."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+        from vllm.v1.engine.exceptions import EngineGenerateError
+
+        # Without a tokenizer vLLM checks no ids, and one beyond the embedding kills the engine.
+        if not request.token_ids or not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocab_size:
+            message = f"the prompt is empty or holds a token id outside 0 to {self._vocab_size - 1}"
+            return Result(request.key, error_code="bad_token_ids", error_message=message)
+        try:
+            outputs = await asyncio.gather(
+                *(self._sample(request.token_ids, sampling, seed, priority, cache_salt) for seed in request.seeds)
+            )
+        except VllmDeadError as error:
+            raise EngineDeadError(f"the vLLM engine died: {error}", remedy="Its replica is started again.") from error
+        except (VLLMClientError, EngineGenerateError, ValueError) as error:
+            if self._llm.errored:
+                raise EngineDeadError(
+                    f"the vLLM engine died: {error}", remedy="Its replica is started again."
+                ) from error
+            return Result(request.key, error_code="engine_error", error_message=str(error.__cause__ or error))
+        return Result(
+            request.key,
+            tuple(_completion(output) for output in outputs),
+            sum(output.num_cached_tokens or 0 for output in outputs),
+            _prompt_logprobs(outputs[0]) if sampling.prompt_logprobs else None,
+        )
+
+    async def _sample(
+        self, token_ids: list[int], sampling: Sampling, seed: int, priority: int, cache_salt: str | None
+    ) -> Any:
+        from vllm.inputs import tokens_input
+
+        final = None
+        async for output in self._llm.generate(
+            tokens_input(token_ids, cache_salt=cache_salt),
+            _sampling_params(sampling, seed),
+            str(next(self._ids)),
+            priority=priority,
+        ):
+            final = output
+        return final
+
+    def stats(self) -> EngineStats:
+        """The reading after the latest engine step."""
+        return self._counters.stats
+
+    async def check_health(self) -> None:
+        """Raise ``EngineDeadError`` if vLLM's engine core is gone."""
+        if self._llm.errored:
+            raise EngineDeadError("the vLLM engine core has died.", remedy="Its replica is started again.")
+
+    async def shutdown(self) -> None:
+        """End the engine core and its workers."""
+        self._llm.shutdown()
+
+
+def _core_binding(cores: tuple[int, ...], ranks: int) -> str:
+    """vLLM's ``VLLM_CPU_OMP_THREADS_BIND``: a list of cores for each tensor-parallel rank, separated by bars."""
+    share = max(1, len(cores) // ranks)
+    groups = (cores[rank * share : (rank + 1) * share] or cores for rank in range(ranks))
+    return "|".join(",".join(map(str, group)) for group in groups)
+
+
+def _engine_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
+    return {
+        **(CPU_DEFAULTS if on_cpu else {}),
+        "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else None,
+        "enable_prefix_caching": True,
+        "enable_log_requests": False,
+        "generation_config": "vllm",
+        **config.engine_args,
+        "model": config.model,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "skip_tokenizer_init": True,
+        "scheduling_policy": "priority",
+    }
+
+
+def _sampling_params(sampling: Sampling, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=seed,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=0 if sampling.logprobs else None,
+        prompt_logprobs=0 if sampling.prompt_logprobs else None,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
+
+
+def _completion(output: Any) -> Completion:
+    sample = output.outputs[0]
+    token_ids = list(sample.token_ids)
+    logprobs = (
+        [step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)]
+        if sample.logprobs
+        else None
+    )
+    if sample.finish_reason != "stop":
+        return Completion(token_ids, "length", None, logprobs)
+    return Completion(token_ids[:-1], "stop", token_ids[-1], logprobs)
+
+
+def _prompt_logprobs(output: Any) -> list[float]:
+    steps = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+    return [step[token].logprob for step, token in steps]
+
+
+class _Counters:
+    """Adds up what vLLM reports after each engine step; one engine, so the latest gauge is the gauge."""
+
+    def __init__(self) -> None:
+        self.stats = EngineStats()
+
+    def logger(self, vllm_config: Any, engine_index: int = 0) -> Any:
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        counters = self
+
+        class Logger(StatLoggerBase):  # type: ignore[misc]
+            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+                self.engine_index = engine_index
+
+            def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+                counters.add(scheduler_stats, iteration_stats)
+
+            def log_engine_initialized(self) -> None:
+                """Nothing to say: the replica says it."""
+
+        return Logger(vllm_config, engine_index)
+
+    def add(self, scheduler: Any, iteration: Any) -> None:
+        before = self.stats
+        self.stats = EngineStats(
+            running=scheduler.num_running_reqs if scheduler else before.running,
+            waiting=scheduler.num_waiting_reqs if scheduler else before.waiting,
+            kv_cache_usage=scheduler.kv_cache_usage if scheduler else before.kv_cache_usage,
+            prefix_cache_queries=before.prefix_cache_queries
+            + (scheduler.prefix_cache_stats.queries if scheduler else 0),
+            prefix_cache_hits=before.prefix_cache_hits + (scheduler.prefix_cache_stats.hits if scheduler else 0),
+            output_tokens=before.output_tokens + (iteration.num_generation_tokens if iteration else 0),
+        )

@@ -1,0 +1,77 @@
+"""One infill without Ray: an engine in this process, started at the first call and kept for the next."""
+
+import asyncio
+import atexit
+import threading
+from functools import cache
+from typing import Any
+
+from serving.config import EngineConfig
+from serving.engine import VllmEngine
+from serving.errors import EngineError
+from serving.formats import Infill, load_format
+from serving.models import resolve_model
+from serving.protocol import INTERACTIVE_PRIORITY, Request, Sampling
+
+
+def infill(
+    prefix: str,
+    suffix: str | None = None,
+    *,
+    model: str = "demo-codegen25",
+    format: str | None = None,  # noqa: A002
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+) -> Infill:
+    """Fill the gap between ``prefix`` and ``suffix`` (None: continue the prefix).
+
+    The engine of the latest model is kept, so the first call takes tens of seconds and the next ones do not. Returns
+    the infill's ``text`` and ``finish_reason``. Raises ``ModelError`` for an unknown model, ``FormatError`` when the
+    model cannot infill, ``ConfigError`` when ``max_tokens`` does not fit, ``EngineError`` when the engine refuses.
+    """
+    known = resolve_model(model, format=format)
+    fmt = load_format(known.format, model=model)
+    prompt = fmt.prompt(prefix, suffix, max_tokens=max_tokens, max_context=known.context)
+    config = EngineConfig(
+        model=str(known.path or known.hub_id), revision=known.revision, dtype=known.dtype, max_model_len=known.context
+    )
+    sampling = Sampling(max_tokens, temperature, top_p, prompt.stop_token_ids)
+    engine = _engine(config)
+    request = Request(0, prompt.token_ids, (seed,))
+    result = _wait(engine.generate(request, sampling, priority=INTERACTIVE_PRIORITY))
+    if result.error_code is not None:
+        raise EngineError(f"{result.error_code}: {result.error_message}")
+    completion = result.completions[0]
+    return fmt.infill(completion.token_ids, stop_token_id=completion.stop_token_id, stop=stop)
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="spanfill-engine", daemon=True).start()
+    return loop
+
+
+def _wait(coroutine: Any) -> Any:
+    return asyncio.run_coroutine_threadsafe(coroutine, _loop()).result()
+
+
+_engines: dict[EngineConfig, VllmEngine] = {}
+
+
+def _engine(config: EngineConfig) -> VllmEngine:
+    for other in [c for c in _engines if c != config]:
+        _wait(_engines.pop(other).shutdown())
+    if config not in _engines:
+        _engines[config] = _wait(VllmEngine.start(config))
+        atexit.register(_close, config)
+    return _engines[config]
+
+
+def _close(config: EngineConfig) -> None:
+    engine = _engines.pop(config, None)
+    if engine is not None:
+        _wait(engine.shutdown())

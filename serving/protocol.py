@@ -1,0 +1,129 @@
+"""What crosses processes: requests to an engine, completions from it, and its statistics.
+
+Token ids cross, text never does. Everything here is a frozen dataclass with slots, cheap to pickle by the thousand.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+BATCH_PRIORITY = 100
+"""vLLM scheduling priority of batch rows; lower runs first."""
+
+INTERACTIVE_PRIORITY = 0
+"""vLLM scheduling priority of requests that a person waits for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to decode, shared by every request of a micro-batch."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt; ``seeds`` holds one seed for each sample that is wanted, ``key`` comes back with the result."""
+
+    key: int
+    token_ids: list[int]
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The unit of a call to a replica."""
+
+    requests: tuple[Request, ...]
+    sampling: Sampling
+    priority: int = BATCH_PRIORITY
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sample: its token ids without the stop token, which is ``stop_token_id`` (None if it ran to its length)."""
+
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    stop_token_id: int | None = None
+    logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to one request: its completions in the order of the seeds, or an error in the engine's words.
+
+    ``cached_tokens`` counts prompt tokens found in the prefix cache, summed over the samples. ``prompt_logprobs`` holds
+    one natural logarithm a prompt token from the second on.
+    """
+
+    key: int
+    completions: tuple[Completion, ...] = ()
+    cached_tokens: int = 0
+    prompt_logprobs: list[float] | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchResult:
+    """The answer to one micro-batch, in the order of its requests, and who gave it."""
+
+    replica: str
+    results: tuple[Result, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """One reading of an engine; the three counters only grow while it lives."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is: ``kind`` is ``vllm``, ``simulated`` or ``instant``; lengths are in tokens."""
+
+    kind: str
+    model: str
+    max_model_len: int
+    max_num_seqs: int
+    block_size: int
+    kv_cache_tokens: int
+    dtype: str = ""
+    device: str = ""
+    cores: tuple[int, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """The interface of ``serving.engine.VllmEngine`` and ``serving.simulated.SimulatedEngine``."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What this engine is."""
+
+    async def generate(
+        self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
+    ) -> Result:
+        """Answer one request; raises ``EngineDeadError`` when the engine is gone. Cancelling it frees its slot."""
+
+    def stats(self) -> EngineStats:
+        """The latest reading."""
+
+    async def check_health(self) -> None:
+        """Raise ``EngineDeadError`` if the engine can answer no more."""
+
+    async def shutdown(self) -> None:
+        """End the engine and its processes."""

@@ -1,0 +1,22 @@
+"""The roofline of LLM inference: how long one engine step takes at best.
+
+The model of Williams et al., "Roofline" (CACM 52:4, 2009), as used for decoding: linear layers are bound by compute
+or by reading the weights, whichever is longer, and attention by reading the KV cache.
+"""
+
+from serving.config import RooflineConfig
+
+
+def step_seconds(roofline: RooflineConfig, *, tokens: int, kv_tokens_read: int) -> float:
+    """Seconds of one step that computes ``tokens`` tokens and reads ``kv_tokens_read`` tokens of KV cache."""
+    compute = 2 * roofline.parameters * tokens / roofline.flops_per_second
+    weights = roofline.weight_bytes / roofline.bytes_per_second
+    attention = kv_tokens_read * roofline.kv_bytes_per_token / roofline.bytes_per_second
+    return (max(compute, weights) + attention) / roofline.efficiency + roofline.step_overhead_seconds
+
+
+def bound_rows_per_second(roofline: RooflineConfig, *, prompt_tokens: float, output_tokens: float) -> float:
+    """The most rows a second that one GPU can do, weights amortised: 1 / (FLOPs / peak + KV bytes / bandwidth)."""
+    flops = 2 * roofline.parameters * (prompt_tokens + output_tokens)
+    kv_bytes = output_tokens * (prompt_tokens + output_tokens / 2) * roofline.kv_bytes_per_token
+    return 1 / (flops / roofline.flops_per_second + kv_bytes / roofline.bytes_per_second)

@@ -1,0 +1,245 @@
+"""A measuring instrument with the engine's interface: deterministic noise after a roofline clock, or at once.
+
+It schedules as vLLM does (continuous batching, chunked prefill, priorities, a prefix cache of whole blocks) and takes
+the time that ``serving.roofline`` says. It computes nothing: what it answers is noise, and everything made of it is
+labelled ``simulated`` or ``instant``.
+"""
+
+import array
+import asyncio
+import hashlib
+import heapq
+import itertools
+import random
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from serving.config import EngineConfig, RooflineConfig
+from serving.engine import installed_version
+from serving.errors import EngineDeadError
+from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
+from serving.roofline import step_seconds
+
+ORDINARY_IDS = range(1_000, 21_000)
+"""Ids that are ordinary text in every tokenizer that the known formats use."""
+
+
+class SimulatedEngine:
+    """One simulated engine; make it inside the event loop that uses it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        roofline = config.roofline
+        self._info = EngineInfo(
+            kind=config.kind,
+            model=config.model,
+            max_model_len=config.max_model_len,
+            max_num_seqs=roofline.max_num_seqs,
+            block_size=roofline.block_size,
+            kv_cache_tokens=roofline.kv_cache_tokens,
+            device=config.kind,
+            versions={name: installed_version(name) for name in ("ray", "spanfill")},
+        )
+        self._scheduler = Scheduler(roofline)
+        self._scale = roofline.time_scale
+        self._instant = config.kind == "instant"
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._dead = False
+        self._output_tokens = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        """What this engine imitates."""
+        return self._info
+
+    async def generate(
+        self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
+    ) -> Result:
+        """Noise that depends on the prompt, the seed and the sampling alone."""
+        if self._dead:
+            raise EngineDeadError("the simulated engine was shut down.")
+        if len(request.token_ids) >= self._info.max_model_len:
+            message = f"the prompt of {len(request.token_ids)} tokens leaves no room in {self._info.max_model_len}"
+            return Result(request.key, error_code="engine_error", error_message=message)
+        completions = tuple(_noise(request.token_ids, seed, sampling) for seed in request.seeds)
+        cached = 0
+        if not self._instant:
+            cached = sum(await asyncio.gather(*(self._timed(request, c, priority, cache_salt) for c in completions)))
+        self._output_tokens += sum(len(c.token_ids) for c in completions)
+        logprobs = [-1.0] * (len(request.token_ids) - 1) if sampling.prompt_logprobs else None
+        return Result(request.key, completions, cached, logprobs)
+
+    async def _timed(self, request: Request, completion: Completion, priority: int, cache_salt: str | None) -> int:
+        steps = len(completion.token_ids) + (completion.stop_token_id is not None)
+        sequence = Sequence(request.token_ids, max(1, steps), cache_salt, asyncio.get_running_loop().create_future())
+        self._scheduler.add(sequence, priority)
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        self._wake.set()
+        try:
+            await sequence.done
+        except asyncio.CancelledError:
+            sequence.cancelled = True
+            raise
+        return sequence.cached
+
+    async def _run(self) -> None:
+        due = time.perf_counter()
+        while True:
+            if not self._scheduler.busy:
+                self._wake.clear()
+                await self._wake.wait()
+                due = time.perf_counter()
+            due += self._scheduler.step() / self._scale
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            self._scheduler.finish_step()
+
+    def stats(self) -> EngineStats:
+        """The latest reading."""
+        s = self._scheduler
+        return EngineStats(
+            len(s.running),
+            len(s.waiting),
+            s.used_tokens / self._info.kv_cache_tokens,
+            s.queries,
+            s.hits,
+            self._output_tokens,
+        )
+
+    async def check_health(self) -> None:
+        """Raise ``EngineDeadError`` after ``shutdown`` or when the clock has failed."""
+        if self._dead or (self._task is not None and self._task.done()):
+            raise EngineDeadError("the simulated engine is dead.")
+
+    async def shutdown(self) -> None:
+        """Stop the clock."""
+        self._dead = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample under way: ``computed`` counts prompt tokens in the KV cache, ``left`` output tokens to make."""
+
+    token_ids: list[int]
+    left: int
+    cache_salt: str | None
+    done: "asyncio.Future[None]"
+    cached: int = 0
+    computed: int = 0
+    made: int = 0
+    cancelled: bool = False
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Tokens of KV cache that it will hold at its end."""
+        return len(self.token_ids) + self.made + self.left
+
+
+class Scheduler:
+    """Continuous batching without an engine: ``step`` plans one step and says how long it takes."""
+
+    def __init__(self, roofline: RooflineConfig) -> None:
+        self._roofline = roofline
+        self._order = itertools.count()
+        self._cache: OrderedDict[int, None] = OrderedDict()
+        self.waiting: list[tuple[int, int, Sequence]] = []
+        self.running: list[Sequence] = []
+        self.used_tokens = self.queries = self.hits = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence, priority: int) -> None:
+        """Queue one sequence; lower priorities run first."""
+        heapq.heappush(self.waiting, (priority, next(self._order), sequence))
+
+    def step(self) -> float:
+        """Admit what fits, advance every running sequence, and return the step's seconds."""
+        self._drop_cancelled()
+        budget = self._roofline.max_num_batched_tokens
+        kv_read = tokens = 0
+        for sequence in self.running:
+            if sequence.computed == len(sequence.token_ids) and budget:
+                budget, tokens = budget - 1, tokens + 1
+                kv_read += sequence.computed + sequence.made
+                sequence.made, sequence.left = sequence.made + 1, sequence.left - 1
+        self._admit()
+        for sequence in self.running:
+            chunk = min(len(sequence.token_ids) - sequence.computed, budget)
+            if chunk:
+                budget, tokens = budget - chunk, tokens + chunk
+                kv_read += sequence.computed
+                sequence.computed += chunk
+                if sequence.computed == len(sequence.token_ids):
+                    self._remember(sequence)
+                    sequence.made, sequence.left = 1, sequence.left - 1
+        return step_seconds(self._roofline, tokens=tokens, kv_tokens_read=kv_read)
+
+    def finish_step(self) -> None:
+        """Answer the sequences that the step completed."""
+        for sequence in [s for s in self.running if s.left <= 0]:
+            self._release(sequence)
+            if not sequence.done.done():
+                sequence.done.set_result(None)
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [s for s in self.running if s.cancelled]:
+            self._release(sequence)
+        while self.waiting and self.waiting[0][2].cancelled:
+            heapq.heappop(self.waiting)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.used_tokens -= sequence.size
+
+    def _admit(self) -> None:
+        roofline = self._roofline
+        while self.waiting and len(self.running) < roofline.max_num_seqs:
+            sequence = self.waiting[0][2]
+            if self.running and self.used_tokens + sequence.size > roofline.kv_cache_tokens:
+                return
+            heapq.heappop(self.waiting)
+            if sequence.cancelled:
+                continue
+            sequence.cached = sequence.computed = self._lookup(sequence)
+            self.used_tokens += sequence.size
+            self.running.append(sequence)
+
+    def _lookup(self, sequence: Sequence) -> int:
+        size = self._roofline.block_size
+        parent = hash(sequence.cache_salt)
+        for start in range(0, len(sequence.token_ids) - size + 1, size):
+            parent = hash((parent, tuple(sequence.token_ids[start : start + size])))
+            sequence.blocks.append(parent)
+        known = len(list(itertools.takewhile(self._cache.__contains__, sequence.blocks)))
+        # As in vLLM, the last token is always computed: its logits are needed.
+        cached = min(known * size, (len(sequence.token_ids) - 1) // size * size)
+        self.queries += len(sequence.token_ids)
+        self.hits += cached
+        return cached
+
+    def _remember(self, sequence: Sequence) -> None:
+        for block in reversed(sequence.blocks):
+            self._cache[block] = None
+            self._cache.move_to_end(block)
+        while len(self._cache) * self._roofline.block_size > self._roofline.kv_cache_tokens:
+            self._cache.popitem(last=False)
+
+
+def _noise(token_ids: list[int], seed: int, sampling: Sampling) -> Completion:
+    sampled = (seed, sampling.temperature, sampling.top_p) if sampling.temperature else ()
+    digest = hashlib.blake2b(array.array("q", token_ids).tobytes(), digest_size=8, key=repr(sampled).encode()[:64])
+    source = random.Random(digest.digest())
+    length = source.randint(1, sampling.max_tokens)
+    stops = not sampling.ignore_eos and sampling.stop_token_ids and length < sampling.max_tokens
+    ids = source.choices(ORDINARY_IDS, k=length if stops else sampling.max_tokens)
+    logprobs = [-1.0] * (len(ids) + bool(stops)) if sampling.logprobs else None
+    if stops:
+        return Completion(ids, "stop", sampling.stop_token_ids[0], logprobs)
+    return Completion(ids, "length", None, logprobs)
