@@ -32,8 +32,8 @@ def feed(*, rows: int, row_bytes: int, replicas: int, seed: int = 0) -> dict[str
         "row_bytes": row_bytes,
         "engine": manifest["engine"],
         "replicas": manifest["replicas"],
-        "seconds": manifest["seconds_running"],
-        "rows_per_second": round(manifest["rows"] / manifest["seconds_running"], 1),
+        "seconds": manifest["running_seconds"],
+        "rows_per_second": manifest["rows_per_second"],
         "total_seconds": round(total, 1),
     }
 

@@ -97,7 +97,7 @@ def run(
     rows_per_part: Annotated[int | None, typer.Option(help="Input rows of one output file [default: 10000].")] = None,
     compression: Annotated[str | None, typer.Option(help="zstd, snappy, gzip, lz4 or none.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
-    batch_rows: Annotated[int | None, typer.Option(help="Rows of a micro-batch [default: 32].")] = None,
+    batch_rows: Annotated[int | None, typer.Option(help="Rows of a micro-batch [default: 64].")] = None,
     max_attempts: Annotated[int | None, typer.Option(help="Tries of a row that kills its engine [default: 3].")] = None,
     max_error_rate: Annotated[
         float | None, typer.Option(help="Stop beyond this share of error rows [default: 0.05].")

@@ -50,7 +50,7 @@ class UnitWork:
     unit: Unit
     file: InputFile
     facts: list[PromptFacts | None] = field(default_factory=list)
-    prompts: list[array.array[int] | None] = field(default_factory=list)
+    prompts: "list[array.array[int] | None]" = field(default_factory=list)
     seeds: list[tuple[int, ...]] = field(default_factory=list)
     samples: dict[int, list[Sample]] = field(default_factory=dict)
     journaled: set[int] = field(default_factory=set)
@@ -196,7 +196,7 @@ class Feeder:
 
     async def _send(self, work: UnitWork, rows: list[int]) -> None:
         assert self._dispatcher is not None
-        requests = [Request(row, list(work.prompts[row] or ()), work.seeds[row]) for row in rows]
+        requests = [Request(row, work.prompts[row] or (), work.seeds[row]) for row in rows]
         for replica, result, attempts in await self._dispatcher.send(requests, self._sampling):
             row = result.key
             work.prompts[row] = None

@@ -9,7 +9,7 @@ TOKEN_BYTES = 4
 
 def sort_key(token_ids: Sequence[int]) -> bytes:
     """Bytes that compare as the token ids do: big-endian, four bytes a token."""
-    key = array.array("I", token_ids)
+    key = array.array("I", token_ids.tobytes() if isinstance(token_ids, array.array) else token_ids)
     if sys.byteorder == "little":
         key.byteswap()
     return key.tobytes()

@@ -1,6 +1,5 @@
 """Before anything is paid for: every node has the same versions, sees the weights, the input and the output."""
 
-import importlib.metadata
 import platform
 import uuid
 from collections.abc import Sequence
@@ -79,8 +78,3 @@ def check_writable(output: Location) -> None:
         delete(probe)
     except SpanfillError as error:
         raise OutputError(error.message, remedy="Check --output, its permissions and the free space.") from error
-
-
-def package_version() -> str:
-    """spanfill's own version."""
-    return importlib.metadata.version("spanfill")

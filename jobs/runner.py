@@ -15,7 +15,7 @@ import ray
 from jobs.feeder import Feeder, FeederConfig
 from jobs.ledger import FORMAT_VERSION, Ledger, Tally
 from jobs.plan import InputFile, Unit, plan_units
-from jobs.preflight import check_cluster, check_writable, package_version, versions
+from jobs.preflight import check_cluster, check_writable, versions
 from jobs.reader import ERROR_COLUMNS, OUTPUT_COLUMNS, InputSet, check_columns, find_input
 from jobs.spec import ROLES, JobSpec, fingerprint
 from jobs.store import Location, locate
@@ -35,7 +35,7 @@ from serving.models import Model, resolve_model
 UNITS_AHEAD = 2
 """Units that a feeder has under way: while one drains, the next is read and tokenised."""
 
-CALLS_PER_REPLICA = 8
+CALLS_PER_REPLICA = 6
 MIN_ROWS_FOR_ERROR_RATE = 100
 POLL_SECONDS = 0.2
 
@@ -142,7 +142,7 @@ def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
     if left:
         with _interruptible() as signals:
             _feed(job, ledger, left, progress, watcher, signals)
-    return _commit(job, ledger, units, time.monotonic() - started)
+    return _commit(job, ledger, units, time.monotonic() - started, progress)
 
 
 def _feed(
@@ -287,22 +287,26 @@ def _check_errors(spec: JobSpec, tally: Tally) -> None:
         )
 
 
-def _commit(job: Job, ledger: Ledger, units: list[Unit], seconds: float) -> dict[str, Any]:
+def _commit(
+    job: Job, ledger: Ledger, units: list[Unit], seconds: float, progress: Progress
+) -> dict[str, Any]:
+    """Add up the parts' reports; speeds are of this run's rows over the seconds in which its engines ran."""
     total, digests = Tally(), {}
+    fresh, running = progress.tally, progress.seconds
     for tally, parts in ledger.read_reports(unit.index for unit in units):
         total.add(tally)
         digests.update(parts)
     manifest = {
         **provenance(job),
-        "spanfill": package_version(),
         "input": str(job.inputs.root),
         "input_rows": job.total_rows,
         "rows": total.samples,
         "errors": total.errors,
         "error_codes": total.error_codes,
         "seconds": round(seconds, 3),
-        "rows_per_second": round(total.samples / seconds, 3) if seconds else 0.0,
-        "output_tokens_per_second": round(total.completion_tokens / seconds, 3) if seconds else 0.0,
+        "running_seconds": round(running, 3),
+        "rows_per_second": round(fresh.rows / running, 3) if running else 0.0,
+        "output_tokens_per_second": round(fresh.completion_tokens / running, 3) if running else 0.0,
         "prompt_tokens": total.prompt_tokens,
         "completion_tokens": total.completion_tokens,
         "cached_tokens": total.cached_tokens,

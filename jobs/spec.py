@@ -53,7 +53,7 @@ class JobSpec(Frozen):
     compression: str = "zstd"
     limit: int | None = Field(None, ge=1)
 
-    batch_rows: int = Field(32, ge=1)
+    batch_rows: int = Field(64, ge=1)
     max_attempts: int = Field(3, ge=1)
     max_error_rate: float = Field(0.05, ge=0, le=1)
     feeders: int = Field(1, ge=1)

@@ -134,13 +134,14 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
         from vllm.v1.engine.exceptions import EngineGenerateError
 
+        token_ids = list(request.token_ids)
         # Without a tokenizer vLLM checks no ids, and one beyond the embedding kills the engine.
-        if not request.token_ids or not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocab_size:
+        if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
             message = f"the prompt is empty or holds a token id outside 0 to {self._vocab_size - 1}"
             return Result(request.key, error_code="bad_token_ids", error_message=message)
         try:
             outputs = await asyncio.gather(
-                *(self._sample(request.token_ids, sampling, seed, priority, cache_salt) for seed in request.seeds)
+                *(self._sample(token_ids, sampling, seed, priority, cache_salt) for seed in request.seeds)
             )
         except VllmDeadError as error:
             raise EngineDeadError(f"the vLLM engine died: {error}", remedy="Its replica is started again.") from error

@@ -1,6 +1,7 @@
 """The replicas of a cluster as a job sees them: connect, join or start, watch, release."""
 
 import asyncio
+import logging
 import os
 import time
 import uuid
@@ -29,6 +30,7 @@ def connect() -> None:
     """Join the cluster that ``RAY_ADDRESS`` names, else start Ray on this machine; does nothing when connected."""
     if ray.is_initialized():
         return
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     try:

@@ -13,6 +13,7 @@ import itertools
 import random
 import time
 from collections import OrderedDict
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
 from serving.config import EngineConfig, RooflineConfig
@@ -123,7 +124,7 @@ class SimulatedEngine:
 class Sequence:
     """One sample under way: ``computed`` counts prompt tokens in the KV cache, ``left`` output tokens to make."""
 
-    token_ids: list[int]
+    token_ids: Ids[int]
     left: int
     cache_salt: str | None
     done: "asyncio.Future[None]"
@@ -232,7 +233,7 @@ class Scheduler:
             self._cache.popitem(last=False)
 
 
-def _noise(token_ids: list[int], seed: int, sampling: Sampling) -> Completion:
+def _noise(token_ids: Ids[int], seed: int, sampling: Sampling) -> Completion:
     sampled = (seed, sampling.temperature, sampling.top_p) if sampling.temperature else ()
     digest = hashlib.blake2b(array.array("q", token_ids).tobytes(), digest_size=8, key=repr(sampled).encode()[:64])
     source = random.Random(digest.digest())
