@@ -64,7 +64,7 @@ class Feeder:
     def __init__(self, config: FeederConfig) -> None:
         self._config = config
         self._spec = config.spec
-        self._format: Format = load_format(config.format, model=config.tokenizer)
+        self._format: Format = load_format(config.format, tokenizer_of=config.tokenizer)
         self._reader = UnitReader(config.input, config.schema.names)
         self._reading = asyncio.Lock()
         self._ledger = Ledger(config.output, config.fingerprint)

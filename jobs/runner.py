@@ -90,15 +90,13 @@ def prepare_job(spec: JobSpec) -> Job:
     model = resolve_model(spec.model, format=spec.format, revision=spec.revision)
     check_engine_args(spec.engine_args)
     engine = engine_config(spec, model)
-    fmt = load_format(model.format, model=spec.model)
+    fmt = load_format(model.format, tokenizer_of=spec.model)
     fmt.check_budget(spec.max_tokens, engine.max_model_len)
     inputs = find_input(spec.input)
     named = [role for role in ROLES if role in spec.columns]
     kept = spec.keep_columns if spec.keep_columns is not None else inputs.schema.names
     added = [*OUTPUT_COLUMNS, *spec.extra_columns, *ERROR_COLUMNS]
     check_columns(inputs.schema, roles={r: spec.column(r) for r in ROLES}, named=named, kept=kept, added=added)
-    if spec.column("suffix") in inputs.schema.names:
-        fmt.check_infill()
     files = [{"name": f.name, "rows": f.rows, "size": f.size, "footer": f.digest} for f in inputs.files]
     identity = spec.infill_identity(engine, files)
     return Job(spec, model, engine, inputs, locate(spec.output), model.format, identity)

@@ -33,7 +33,7 @@ def infill(
     model cannot infill, ``ConfigError`` when ``max_tokens`` does not fit, ``EngineError`` when the engine refuses.
     """
     known = resolve_model(model, format=format)
-    fmt = load_format(known.format, model=model)
+    fmt = load_format(known.format, tokenizer_of=model)
     prompt = fmt.prompt(prefix, suffix, max_tokens=max_tokens, max_context=known.context)
     config = EngineConfig(
         model=str(known.path or known.hub_id), revision=known.revision, dtype=known.dtype, max_model_len=known.context
