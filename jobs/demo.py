@@ -12,13 +12,15 @@ from jobs.show import infill_rows
 
 def cut_demo_pairs(output: Path, *, rows: int, seed: int) -> int:
     """Cut single-line pairs from the modules that the demo model has not seen; returns how many."""
-    library = standard_library()
-    sources = tuple(str(p) for p in sorted(library.rglob("*.py")) if held_out(p.relative_to(library).as_posix()))
     spec = PairsSpec(
-        sources=sources, output=str(output), mode="line", per_file=100, limit=rows, seed=seed,
-        exclude=STANDARD_LIBRARY_EXCLUDES, licence="PSF-2.0",
-    )  # fmt: skip
-    return cut_pairs(spec).pairs
+        sources=(str(standard_library()),),
+        output=str(output),
+        mode="line",
+        limit=rows,
+        seed=seed,
+        exclude=STANDARD_LIBRARY_EXCLUDES,
+    )
+    return cut_pairs(spec, keep=held_out).pairs
 
 
 def judge(output: str) -> tuple[int, int, int]:
