@@ -18,7 +18,7 @@ def main() -> int:
     try:
         return install(choose_device())
     except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again: finished downloads are kept.", file=sys.stderr)
+        print("\nInterrupted. Run the same command again: pip reuses what its cache kept.", file=sys.stderr)
         return 130
 
 

@@ -137,7 +137,7 @@ def explain_failure(what: str, lines: list[str]) -> str:
     else:
         cause = "the step failed; its last lines follow."
     tail = "\n".join(f"    {line}" for line in lines[-8:])
-    again = "It is safe to run the same command again: finished downloads are kept."
+    again = "It is safe to run the same command again: pip reuses what its cache kept."
     return f"Could not install {named[0] if named else what}: {cause}\n{tail}\n{again} The whole log: {LOG}"
 
 

@@ -2,29 +2,18 @@
 
 import ast
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-MACHINE = runpy.run_path(str(DEPLOY / "machine.py"))
-GOOD = MACHINE["Machine"](
-    device="cpu",
-    python=(3, 11, 7),
-    system="Linux",
-    architecture="x86_64",
-    glibc="2.36",
-    free_bytes=10**12,
-    folder="/home/me/spanfill",
-)
 PLENTY_OF_DISK = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=10**12)"
+NO_DISK = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=10**9)"
 
 BACKEND = '''
 """A build backend without dependencies: an editable wheel that holds one path file."""
@@ -88,54 +77,6 @@ def venv_runs(folder: Path, code: str) -> bool:
     return subprocess.run([folder / ".venv" / "bin" / "python", "-c", code], cwd="/").returncode == 0
 
 
-# What a machine lacks
-
-
-def test_a_good_machine_has_no_problem() -> None:
-    assert MACHINE["problems"](GOOD) == []
-    assert MACHINE["problems"](GOOD._replace(python=(3, 13, 0), device="gpu")) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"python": (3, 10, 2)}, ["3.10.2", "too old", "3.11, 3.12 or 3.13"]),
-        ({"python": (3, 6, 15)}, ["3.6.15", "too old"]),
-        ({"python": (3, 14, 0)}, ["3.14.0", "newer"]),
-        ({"ensurepip": False}, ["venv", "python3.11-venv"]),
-        ({"system": "Darwin", "architecture": "arm64"}, ["Linux", "macOS on arm64", "deploy/Dockerfile"]),
-        ({"system": "Windows", "architecture": "AMD64"}, ["Windows", "WSL2", "deploy/Dockerfile"]),
-        ({"architecture": "aarch64"}, ["x86-64", "aarch64", "slow"]),
-        ({"glibc": ""}, ["glibc 2.31", "musl"]),
-        ({"glibc": "2.28"}, ["glibc 2.31", "glibc 2.28"]),
-        ({"free_bytes": 4_500_000_000}, ["6.0 GB", "4.5 GB", "1.5 GB more", "/home/me/spanfill"]),
-        ({"free_bytes": 6_000_000_000, "device": "gpu"}, ["16.0 GB", "10.0 GB more"]),
-        ({"libnuma": False}, ["libnuma.so.1", "apt-get install libnuma1"]),
-        ({"avx2": False}, ["AVX2"]),
-    ],
-)
-def test_each_lack_is_one_problem_that_says_what_to_do(change: dict[str, Any], words: list[str]) -> None:
-    [problem] = MACHINE["problems"](GOOD._replace(**change))
-    assert [word for word in words if word not in problem] == []
-
-
-def test_several_lacks_are_told_at_once() -> None:
-    assert len(MACHINE["problems"](GOOD._replace(python=(3, 9, 0), free_bytes=0, libnuma=False))) == 3
-
-
-def test_what_only_the_cpu_build_needs_does_not_stop_a_gpu() -> None:
-    assert MACHINE["problems"](GOOD._replace(device="gpu", libnuma=False, avx2=False)) == []
-
-
-def test_an_old_driver_and_no_compiler_are_noted_for_a_gpu_only() -> None:
-    poor = GOOD._replace(driver="550.54.15", compiler=False)
-    assert MACHINE["notes"](poor) == []
-    driver, compiler = MACHINE["notes"](poor._replace(device="gpu"))
-    assert "550.54.15" in driver
-    assert "gcc" in compiler
-    assert MACHINE["notes"](GOOD._replace(device="gpu", driver="580.65.06")) == []
-
-
 # What the script says before it changes anything
 
 
@@ -148,7 +89,7 @@ def test_what_an_old_python_reads_has_old_syntax(name: str) -> None:
     ("pretend", "words"),
     [
         ("import sys; sys.version_info = (3, 9, 2, 'final', 0)", ["Python 3.9.2 is too old"]),
-        ("import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=10**9)", ["5.0 GB more"]),
+        (NO_DISK, ["5.0 GB more"]),
         ("import platform; platform.system = lambda: 'Darwin'", ["macOS", "Docker"]),
     ],
 )
@@ -166,6 +107,18 @@ def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
     answer = install(project(tmp_path), SPANFILL_DEVICE="tpu")
     assert answer.returncode == 2
     assert "'tpu'" in answer.stderr
+
+
+@pytest.mark.parametrize(("status", "needed"), [(0, "16.0 GB"), (9, "6.0 GB")])
+def test_the_gpu_is_chosen_only_where_its_driver_answers(tmp_path: Path, status: int, needed: str) -> None:
+    folder = project(tmp_path / "project")
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(f"#!/bin/sh\necho 580.65.06\nexit {status}\n")
+    driver.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    answer = install(folder, NO_DISK, SPANFILL_DEVICE="", PATH=path)
+    assert answer.returncode == 2
+    assert f"installing takes about {needed}" in answer.stderr
 
 
 def test_a_folder_that_is_no_environment_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -268,7 +221,7 @@ def test_an_interrupt_is_one_line_and_the_next_run_repairs_it(tmp_path: Path) ->
         rest = process.stderr.read()
     assert process.returncode == 130
     assert [line for line in rest.splitlines() if line] == [
-        "Interrupted. Run the same command again: finished downloads are kept."
+        "Interrupted. Run the same command again: pip reuses what its cache kept."
     ]
     assert install(folder).returncode == 0
 
