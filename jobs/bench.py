@@ -14,7 +14,7 @@ from jobs.runner import run_job
 from jobs.spec import JobSpec
 
 
-def feed(*, rows: int, row_bytes: int, replicas: int, seed: int = 0) -> dict[str, Any]:
+def feed(*, rows: int, row_bytes: int, replicas: int, feeders: int = 1, seed: int = 0) -> dict[str, Any]:
     """Cut ``rows`` rows of ``row_bytes`` bytes from the standard library and run them; returns figures for the terminal.
 
     ``rows_per_second`` counts from the moment the engine is up to the last part written; ``total_seconds`` is all.
@@ -22,7 +22,14 @@ def feed(*, rows: int, row_bytes: int, replicas: int, seed: int = 0) -> dict[str
     with tempfile.TemporaryDirectory(prefix="spanfill-feed-") as folder:
         source = Path(folder, "rows.parquet")
         _write_rows(source, rows, row_bytes, seed)
-        spec = JobSpec(input=str(source), output=f"{folder}/out", engine="instant", replicas=replicas, max_tokens=64)
+        spec = JobSpec(
+            input=str(source),
+            output=f"{folder}/out",
+            engine="instant",
+            replicas=replicas,
+            feeders=feeders,
+            max_tokens=64,
+        )
         started = time.monotonic()
         manifest = run_job(spec)
         total = time.monotonic() - started

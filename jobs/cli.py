@@ -312,12 +312,13 @@ def bench_feed(
     rows: Annotated[int, typer.Option(help="Rows to feed.", min=1)] = 30_000,
     row_bytes: Annotated[int, typer.Option(help="Bytes of prefix and suffix together.", min=16)] = 2_048,
     replicas: Annotated[int, typer.Option(help="Instant engines.", min=1)] = 1,
+    feeders: Annotated[int, typer.Option(help="Processes that read and write, as for run.", min=1)] = 2,
     json_: Json = False,
 ) -> None:
     """Rows a second of everything but the model: Parquet, tokenizer, order, Ray Serve, Parquet (instant engine)."""
     from jobs.bench import feed
 
-    result = feed(rows=rows, row_bytes=row_bytes, replicas=replicas)
+    result = feed(rows=rows, row_bytes=row_bytes, replicas=replicas, feeders=feeders)
     if json_:
         print(json.dumps(result))
     else:

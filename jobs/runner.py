@@ -32,7 +32,7 @@ from serving.errors import (
 from serving.formats import load_format
 from serving.models import Model, resolve_model
 
-UNITS_AHEAD = 2
+UNITS_AHEAD = 3
 """Units that a feeder has under way: while one drains, the next is read and tokenised."""
 
 CALLS_PER_REPLICA = 6

@@ -63,7 +63,7 @@ KNOWN_MODELS: dict[str, Model] = {
         Model(
             name="demo-codegen25",
             format="codegen25",
-            context=2_048,
+            context=1_024,
             dtype="bfloat16",
             licence="Apache-2.0 (weights); trained on the Python standard library, PSF-2.0",
             notice="demo-codegen25 is a toy of 12 million parameters that shows the format, not what CodeGen2.5 can do.",

@@ -22,8 +22,8 @@ from serving.errors import EngineDeadError
 from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
 from serving.roofline import step_seconds
 
-ORDINARY_IDS = range(1_000, 21_000)
-"""Ids that are ordinary text in every tokenizer that the known formats use."""
+NOISE = random.Random(0).choices(range(1_000, 21_000), k=1 << 16)
+"""Ids that are ordinary text in every tokenizer that the known formats use; answers are slices of it."""
 
 
 class SimulatedEngine:
@@ -236,10 +236,12 @@ class Scheduler:
 def _noise(token_ids: Ids[int], seed: int, sampling: Sampling) -> Completion:
     sampled = (seed, sampling.temperature, sampling.top_p) if sampling.temperature else ()
     digest = hashlib.blake2b(array.array("q", token_ids).tobytes(), digest_size=8, key=repr(sampled).encode()[:64])
-    source = random.Random(digest.digest())
-    length = source.randint(1, sampling.max_tokens)
+    number = int.from_bytes(digest.digest())
+    length = 1 + number % sampling.max_tokens
     stops = not sampling.ignore_eos and sampling.stop_token_ids and length < sampling.max_tokens
-    ids = source.choices(ORDINARY_IDS, k=length if stops else sampling.max_tokens)
+    count = length if stops else sampling.max_tokens
+    start = (number >> 20) % len(NOISE)
+    ids = list(itertools.islice(itertools.cycle(NOISE), start, start + count)) if start + count > len(NOISE) else NOISE[start : start + count]
     logprobs = [-1.0] * (len(ids) + bool(stops)) if sampling.logprobs else None
     if stops:
         return Completion(ids, "stop", sampling.stop_token_ids[0], logprobs)
