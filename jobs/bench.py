@@ -15,7 +15,7 @@ from jobs.spec import JobSpec
 
 
 def feed(*, rows: int, row_bytes: int, replicas: int, feeders: int = 1, seed: int = 0) -> dict[str, Any]:
-    """Cut ``rows`` rows of ``row_bytes`` bytes from the standard library and run them; returns figures for the terminal.
+    """Cut ``rows`` rows of ``row_bytes`` bytes from the standard library and run them; returns the figures.
 
     ``rows_per_second`` counts from the moment the engine is up to the last part written; ``total_seconds`` is all.
     """

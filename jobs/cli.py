@@ -177,7 +177,9 @@ def pairs(
     sources: Annotated[list[Path], typer.Argument(help="Source files or folders.")],
     output: Annotated[Path, typer.Option(help="The Parquet file to write.")],
     mode: Annotated[str, typer.Option(help="line, block, function, span or mixed.")] = "mixed",
-    per_file: Annotated[int | None, typer.Option(help="Pairs of one file at most [default: 8, or as --limit needs].")] = None,
+    per_file: Annotated[
+        int | None, typer.Option(help="Pairs of one file at most [default: 8, or as --limit needs].")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Pairs at most, spread over the files.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed cuts the same pairs.")] = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of paths to leave out; repeatable.")] = None,
@@ -209,8 +211,8 @@ def infill(
     json_: Json = False,
 ) -> None:
     """Infill one cursor of a file and print it in place."""
-    from jobs.show import colour
     from jobs.cursor import split_at
+    from jobs.show import colour
     from serving import infill as infill_once
 
     prefix, suffix = split_at(cursor)

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 
 from jobs.heldout import held_out
 from jobs.pairs import STANDARD_LIBRARY_EXCLUDES, PairsSpec, cut_pairs, standard_library

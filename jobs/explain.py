@@ -54,14 +54,14 @@ def explain_row(options: dict[str, Any], row: int) -> Explained:
     job = prepare_job(parse_spec(options))
     fmt = load_format(job.format_name, tokenizer_of=job.spec.model)
     at = row
-    for number, file in enumerate(job.inputs.files):
+    for file in job.inputs.files:
         if at < file.rows:
             break
         at -= file.rows
     else:
         raise InputError(f"{job.inputs.root} has {job.inputs.rows} rows, no row {row}.", remedy="Rows count from 0.")
     reader = UnitReader(job.inputs.root, feeder_config(job).schema.names)
-    batch = next(reader.read(file, Unit(0, number, at, at + 1)))
+    batch = next(reader.read(file, Unit(0, 0, at, at + 1)))
     prompt = row_prompts(job.spec, fmt, job.engine.max_model_len, batch)[0]
     if isinstance(prompt, Exception):
         raise InputError(f"{file.name}, row {at}: {prompt}")

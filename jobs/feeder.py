@@ -1,4 +1,4 @@
-"""A feeder: takes units through read, tokenise, order, dispatch, journal and write. One Ray actor; more when it pays."""
+"""A feeder: takes units through read, tokenise, order, dispatch, journal and write; a Ray actor."""
 
 import array
 import asyncio

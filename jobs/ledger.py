@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -110,13 +111,13 @@ class Ledger:
                 delete_folder(self.output.join(name))
         if not exists(self._state("job.json")):
             self._refuse_foreign_files()
-            job = {
+            new = {
                 "format_version": FORMAT_VERSION,
                 "fingerprint": self.fingerprint,
                 "identity": identity,
                 "spec": spec,
             }
-            publish_bytes(self._state("job.json"), json.dumps(job, indent=1).encode())
+            publish_bytes(self._state("job.json"), json.dumps(new, indent=1).encode())
             return False
         job = read_job(self.output)
         if job["fingerprint"] != self.fingerprint:
@@ -128,6 +129,12 @@ class Ledger:
         if not resume:
             raise OutputError(f"{self.output} holds this job already.", remedy="Drop --no-resume, or add --overwrite.")
         return True
+
+    def probe(self) -> None:
+        """Write and remove a small file; raises ``StorageError``."""
+        location = self._state(f".probe-{uuid.uuid4().hex[:8]}")
+        publish_bytes(location, b"probe")
+        delete(location)
 
     def _refuse_foreign_files(self) -> None:
         for info in list_files(self.output, recursive=True):
@@ -174,7 +181,8 @@ class Ledger:
 
     def replay(self, unit: int) -> tuple[list[Sample], list[str]]:
         """The samples of a unit's segments, and the names of damaged segments, which are set aside."""
-        samples, damaged = [], []
+        samples: list[Sample] = []
+        damaged: list[str] = []
         for info in list_files(self._journal(unit)):
             if not info.base_name.endswith(".arrow"):
                 continue
@@ -202,7 +210,7 @@ class Ledger:
 
 
 def read_job(output: Location) -> dict[str, Any]:
-    """What ``job.json`` says; raises ``OutputError`` if the folder is no job's, ``VersionError`` if it is a newer one's."""
+    """What ``job.json`` says; raises ``OutputError`` for a folder of no job, ``VersionError`` for a newer one's."""
     try:
         job: dict[str, Any] = json.loads(read_bytes(output.join(STATE, "job.json")))
     except FileNotFoundError:

@@ -167,7 +167,7 @@ def _read(source: Source, spec: PairsSpec) -> tuple[str, str]:
 
 
 def _draw_all(sources: list[Source], spec: PairsSpec, report: PairsReport) -> list[list[Span]]:
-    """The spans of each file; where ``limit`` alone says how many, files are drawn from again until there are enough."""
+    """The spans of each file; where ``limit`` alone says how many, drawn until there are enough."""
     most = spec.per_file or DEFAULT_PER_FILE
     if spec.per_file is None and spec.limit is not None:
         most = max(most, 3 * spec.limit // max(1, len(sources)))
@@ -270,7 +270,7 @@ def _characters(data: bytes, ranges: Sequence[tuple[int, int]]) -> list[tuple[in
 
 
 def _share_out(spans: list[list[Span]], limit: int | None) -> list[list[Span]]:
-    """The first spans of each file, as many from each as ``limit`` allows; what is left over goes to the first files."""
+    """The first spans of each file, as many from each as ``limit`` allows; the first files get what is left over."""
     if limit is None or sum(map(len, spans)) <= limit:
         return spans
     low, high = 0, limit

@@ -40,7 +40,10 @@ class Unit:
 
 
 def plan_units(files: Iterable[InputFile], *, rows_per_part: int, limit: int | None = None) -> Iterator[Unit]:
-    """Cut each file into even units of at most ``rows_per_part`` rows and about ``UNIT_BYTES``, from its footer alone."""
+    """Cut each file into even units of ``rows_per_part`` rows and ``UNIT_BYTES`` at most, from its footer alone.
+
+    An input without rows is one unit without rows: its part holds the schema that readers need.
+    """
     index, left = 0, limit
     for number, file in enumerate(files):
         rows = file.rows if left is None else min(file.rows, left)
@@ -50,6 +53,8 @@ def plan_units(files: Iterable[InputFile], *, rows_per_part: int, limit: int | N
         for start in range(0, rows, size):
             yield Unit(index, number, start, min(start + size, rows))
             index += 1
+    if index == 0:
+        yield Unit(0, 0, 0, 0)
 
 
 def dump_plan(units: Iterable[Unit]) -> bytes:

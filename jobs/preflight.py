@@ -2,7 +2,8 @@
 
 import platform
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -11,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.store import Location, delete, exists, publish_bytes
 from serving.config import EngineConfig
 from serving.engine import installed_version
-from serving.errors import OutputError, SpanfillError, UsageError, VersionError
+from serving.errors import OutputError, SpanfillError, StorageError, UsageError, VersionError
 
 PACKAGES = ("spanfill", "vllm", "torch", "ray", "pyarrow", "tiktoken")
 
@@ -28,7 +29,7 @@ def look(model: str | None, inputs: Sequence[Location], probe: Location | None) 
     return {
         "versions": versions(),
         "missing": [str(location) for location in wanted if not exists(location)],
-        "model_missing": bool(model) and not exists(Location(model, model)),
+        "model_missing": model is not None and not exists(Location(model, model)),
     }
 
 
@@ -70,11 +71,10 @@ def _problem(host: str, seen: dict[str, Any], here: dict[str, str], engine: Engi
     return None
 
 
-def check_writable(output: Location) -> None:
-    """Raise ``OutputError`` when nothing can be written to the folder."""
-    probe = output.join("_spanfill", f".probe-{uuid.uuid4().hex[:8]}")
+@contextmanager
+def writing_is_possible() -> Iterator[None]:
+    """Before anything is started, a failed write is the output's fault: raise ``OutputError`` for it."""
     try:
-        publish_bytes(probe, b"probe")
-        delete(probe)
-    except SpanfillError as error:
+        yield
+    except StorageError as error:
         raise OutputError(error.message, remedy="Check --output, its permissions and the free space.") from error

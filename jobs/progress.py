@@ -92,7 +92,7 @@ class Display(Watcher):
             self.say(f"  row {example['row']} ({example['reason']}): {example['infill'][:200]!r}")
         if shares["eom"] < LOW_EOM_SHARE:
             self.console.print(
-                f"[bold red]WARNING: only {shares['eom']:.0%} of the completions end with the model's own end of infill."
+                f"[bold red]WARNING: only {shares['eom']:.0%} of the completions end with the model's end of infill."
                 "[/] Is this the right --format, and is --max-tokens long enough?",
                 highlight=False,
             )

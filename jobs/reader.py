@@ -16,10 +16,17 @@ from serving.errors import InputChangedError, InputError
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 READ_ROWS = 1_024
-OUTPUT_COLUMNS = (
-    "infill finish_reason prompt_tokens completion_tokens prefix_chars suffix_chars truncated sample".split()
-)
-ERROR_COLUMNS = "source_file source_row error_code error_message attempts".split()
+OUTPUT_COLUMNS = [
+    "infill",
+    "finish_reason",
+    "prompt_tokens",
+    "completion_tokens",
+    "prefix_chars",
+    "suffix_chars",
+    "truncated",
+    "sample",
+]
+ERROR_COLUMNS = ["source_file", "source_row", "error_code", "error_message", "attempts"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ def check_columns(
     """Refuse a schema that lacks a role's column, has it in the wrong type, or has a column that the job adds.
 
     ``roles`` maps ``prefix``, ``suffix`` and ``id`` to column names, ``named`` lists the roles that the user named,
-    ``kept`` the columns that pass through and ``added`` those that the job adds. Raises ``InputError`` naming the column.
+    ``kept`` the columns that pass through, ``added`` those that the job adds. Raises ``InputError`` naming the column.
     """
     if len(set(schema.names)) < len(schema.names):
         double = next(name for name in schema.names if schema.names.count(name) > 1)
@@ -235,18 +242,18 @@ class UnitReader:
                 yield batch.slice(skip, keep - skip)
 
 
-def texts(column: pa.Array) -> list[str | None | UnicodeDecodeError]:
+def texts(column: pa.Array) -> list[str | UnicodeDecodeError | None]:
     """The strings of a column; a value that is not UTF-8 comes back as the error that decoding it gave."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:
-        values: list[str | None | UnicodeDecodeError] = column.to_pylist()
+        values: list[str | UnicodeDecodeError | None] = column.to_pylist()
     except UnicodeDecodeError:
         return [_text(value) for value in column.cast(pa.large_binary()).to_pylist()]
     return values
 
 
-def _text(value: bytes | None) -> str | None | UnicodeDecodeError:
+def _text(value: bytes | None) -> str | UnicodeDecodeError | None:
     try:
         return None if value is None else value.decode()
     except UnicodeDecodeError as error:

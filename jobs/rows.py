@@ -56,7 +56,7 @@ def row_prompts(spec: JobSpec, fmt: Format, max_context: int, batch: pa.RecordBa
     return [errors.get(row, prompt) for row, prompt in enumerate(prompts)]
 
 
-def _text_error(column: str, value: str | None | UnicodeDecodeError, *, required: bool) -> InputError | None:
+def _text_error(column: str, value: str | UnicodeDecodeError | None, *, required: bool) -> InputError | None:
     if isinstance(value, UnicodeDecodeError):
         return InputError(f"column {column} is not UTF-8 at byte {value.start}.", remedy="Decode it before.")
     if value is None and required:

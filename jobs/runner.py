@@ -15,7 +15,7 @@ import ray
 from jobs.feeder import Feeder, FeederConfig
 from jobs.ledger import FORMAT_VERSION, Ledger, Tally
 from jobs.plan import InputFile, Unit, plan_units
-from jobs.preflight import check_cluster, check_writable, versions
+from jobs.preflight import check_cluster, versions, writing_is_possible
 from jobs.reader import ERROR_COLUMNS, OUTPUT_COLUMNS, InputSet, check_columns, find_input
 from jobs.spec import ROLES, JobSpec, fingerprint
 from jobs.store import Location, locate
@@ -93,7 +93,9 @@ def prepare_job(spec: JobSpec) -> Job:
     fmt = load_format(model.format, tokenizer_of=spec.model)
     fmt.check_budget(spec.max_tokens, engine.max_model_len)
     inputs = find_input(spec.input)
-    named = [role for role in ROLES if role in spec.columns]
+    if spec.column("suffix") in inputs.schema.names:
+        fmt.check_infill()
+    named = [role for role in ROLES if spec.columns.get(role)]
     kept = spec.keep_columns if spec.keep_columns is not None else inputs.schema.names
     added = [*OUTPUT_COLUMNS, *spec.extra_columns, *ERROR_COLUMNS]
     check_columns(inputs.schema, roles={r: spec.column(r) for r in ROLES}, named=named, kept=kept, added=added)
@@ -127,8 +129,9 @@ def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
     watcher = watcher or Watcher()
     job = prepare_job(spec)
     ledger = Ledger(job.output, job.fingerprint)
-    resumed = ledger.open(job.identity, spec.model_dump(mode="json"), resume=spec.resume, overwrite=spec.overwrite)
-    check_writable(job.output)
+    with writing_is_possible():
+        resumed = ledger.open(job.identity, spec.model_dump(mode="json"), resume=spec.resume, overwrite=spec.overwrite)
+        ledger.probe()
     planned = plan_units(job.inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
     units = ledger.plan(job.inputs.files, planned)
     done = ledger.done()
@@ -280,14 +283,12 @@ def _check_errors(spec: JobSpec, tally: Tally) -> None:
     if tally.rows >= MIN_ROWS_FOR_ERROR_RATE and tally.errors > spec.max_error_rate * tally.rows:
         codes = ", ".join(f"{code}: {count}" for code, count in sorted(tally.error_codes.items()))
         raise TooManyErrorsError(
-            f"{tally.errors} of {tally.rows} rows failed ({codes}), more than --max-error-rate {spec.max_error_rate:g}.",
+            f"{tally.errors} of {tally.rows} rows failed ({codes}), beyond --max-error-rate {spec.max_error_rate:g}.",
             remedy="Mend the cause and run again to resume, or raise --max-error-rate.",
         )
 
 
-def _commit(
-    job: Job, ledger: Ledger, units: list[Unit], seconds: float, progress: Progress
-) -> dict[str, Any]:
+def _commit(job: Job, ledger: Ledger, units: list[Unit], seconds: float, progress: Progress) -> dict[str, Any]:
     """Add up the parts' reports; speeds are of this run's rows over the seconds in which its engines ran."""
     total, digests = Tally(), {}
     fresh, running = progress.tally, progress.seconds

@@ -76,7 +76,7 @@ class JobSpec(Frozen):
         return self
 
     def column(self, role: str) -> str:
-        """The input column that plays ``role`` (``prefix``, ``suffix`` or ``id``)."""
+        """The input column that plays ``role`` (``prefix``, ``suffix`` or ``id``); empty for none."""
         return self.columns.get(role, role)
 
     def infill_identity(self, engine: EngineConfig, files: list[dict[str, Any]]) -> dict[str, Any]:

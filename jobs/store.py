@@ -3,7 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def publish(location: Location) -> Iterator[Any]:
             yield stream
         if location.is_local:
             _sync(target.path)
-            os.replace(target.path, location.path)
+            Path(target.path).replace(location.path)
     except (OSError, pa.ArrowException) as error:
         _discard(target)
         number = getattr(error, "errno", None)
@@ -117,14 +117,10 @@ def publish(location: Location) -> Iterator[Any]:
 
 
 def _temporary(location: Location) -> Location:
-    folder, name = os.path.split(location.path)
+    path = Path(location.path)
     # Beside, not in, data/: a reader of data/ must never meet a file that is not a finished part.
-    root = (
-        folder
-        if os.path.basename(folder) not in ("data", "errors")
-        else os.path.join(os.path.dirname(folder), "_spanfill")
-    )
-    return Location(location.uri, os.path.join(root, f".{name}.{uuid.uuid4().hex[:8]}.tmp"))
+    folder = path.parent.parent / "_spanfill" if path.parent.name in ("data", "errors") else path.parent
+    return Location(location.uri, str(folder / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"))
 
 
 def _sync(path: str) -> None:
@@ -137,7 +133,8 @@ def _sync(path: str) -> None:
 
 def _discard(location: Location) -> None:
     if location.is_local:
-        Path(location.path).unlink(missing_ok=True)
+        with suppress(NotADirectoryError):
+            Path(location.path).unlink(missing_ok=True)
 
 
 def delete(location: Location) -> None:

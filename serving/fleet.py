@@ -96,7 +96,7 @@ def join_or_start(
     replica = place(replica, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     name = f"{PRIVATE_PREFIX}{uuid.uuid4().hex[:8]}"
     if not is_embedded():
-        Lifeline.options(name=f"{name}-lifeline", lifetime="detached", num_cpus=0).remote(name)
+        ray.remote(Lifeline).options(name=f"{name}-lifeline", lifetime="detached", num_cpus=0).remote(name)
     target = serve.RunTarget(target=build(engine, replica), name=name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
@@ -164,7 +164,6 @@ def _last_words(message: str) -> str:
     return (told or lines or ["no reason was given"])[-1]
 
 
-@ray.remote
 class Lifeline:
     """Deletes a job's application when the job's driver has been silent for too long, then ends itself."""
 
@@ -178,7 +177,9 @@ class Lifeline:
         self._last = time.monotonic()
 
     async def _run(self) -> None:
-        while time.monotonic() - self._last < LIFELINE_SECONDS:
-            await asyncio.sleep(1)
+        silent = 0.0
+        while silent < LIFELINE_SECONDS:
+            await asyncio.sleep(LIFELINE_SECONDS - silent)
+            silent = time.monotonic() - self._last
         await asyncio.to_thread(serve.delete, self._app, False)
         ray.actor.exit_actor()

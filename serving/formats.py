@@ -52,7 +52,9 @@ _BAR_STOPS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>
 FORMATS: dict[str, FormatSpec] = {
     spec.name: spec
     for spec in (
-        FormatSpec(CODEGEN25, _MASK, "<eom>", "hf.co/Salesforce/codegen25-7b-multi_P, README", ("<|endoftext|>", "<sep>")),
+        FormatSpec(
+            CODEGEN25, _MASK, "<eom>", "hf.co/Salesforce/codegen25-7b-multi_P, README", ("<|endoftext|>", "<sep>")
+        ),
         FormatSpec("codegen2", _MASK, "<eom>", "hf.co/Salesforce/codegen2-7B_P, README", ("<|endoftext|>", "<sep>")),
         FormatSpec("starcoder", _FIM, "<|endoftext|>", "hf.co/bigcode/starcoder, README", _FIM_STOPS),
         FormatSpec("starcoder2", _FIM, "<|endoftext|>", "hf.co/bigcode/starcoder2-15b, discussion 6", _FIM_STOPS),
@@ -110,8 +112,10 @@ FORMATS: dict[str, FormatSpec] = {
             None,
             "github.com/ByteDance-Seed/Seed-Coder, README, fill in the middle",
         ),
+        FormatSpec("causal", (P,), None, "any causal language model: the prefix and nothing else"),
     )
 }
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -138,7 +142,7 @@ def load_format(model: str, *, tokenizer_of: str | None = None) -> "Format":
     ``tokenizer_of`` names the model whose tokenizer is used; ``codegen25`` brings its own. Raises ``FormatError`` when
     the tokenizer lacks a control token, naming it.
     """
-    name = model if model in FORMATS else resolve_model(model).format
+    name = model if model in FORMATS or tokenizer_of else resolve_model(model).format
     if name not in FORMATS:
         raise FormatError(f"format {name} is unknown.", remedy=f"Known formats: {', '.join(FORMATS)}.")
     if name == CODEGEN25:
@@ -163,9 +167,13 @@ class Format:
                 f"{error.message} Format {spec.name} needs {', '.join(spec.control_tokens)}.", remedy=error.remedy
             ) from None
         if self._end is None:
-            raise FormatError(f"format {spec.name} ends at EOS, which the tokenizer lacks.", remedy="Choose another model.")
+            raise FormatError(
+                f"format {spec.name} ends at EOS, which the tokenizer lacks.", remedy="Choose another model."
+            )
         if spec.bos and tokenizer.bos_id is None:
-            raise FormatError(f"format {spec.name} begins with BOS, which the tokenizer lacks.", remedy="Choose another model.")
+            raise FormatError(
+                f"format {spec.name} begins with BOS, which the tokenizer lacks.", remedy="Choose another model."
+            )
         self.stop_token_ids = tuple(dict.fromkeys([self._end, *self._known_stops()]))
         self._head = [tokenizer.bos_id] if spec.bos and tokenizer.bos_id is not None else []
         self._marker = tokenizer.encode(MARKER) if spec.sentencepiece else []
@@ -186,6 +194,19 @@ class Format:
             except FormatError:
                 continue
         return found
+
+    @property
+    def can_infill(self) -> bool:
+        """Whether the layout has a place for a suffix."""
+        return S in self.spec.layout
+
+    def check_infill(self) -> None:
+        """Raise ``FormatError`` when the format takes no suffix."""
+        if not self.can_infill:
+            raise FormatError(
+                f"format {self.spec.name} has no suffix support.",
+                remedy="Leave the suffix out with --column suffix=, or use a model that infills.",
+            )
 
     @property
     def control_count(self) -> int:
@@ -234,6 +255,8 @@ class Format:
         """``prompt`` of many rows, tokenised on threads; a row's ``InputError`` stands in its place."""
         if max_context is not None:
             self.check_budget(max_tokens, max_context)
+        if any(suffix is not None for _, suffix in pairs):
+            self.check_infill()
         mark = MARKER if self.spec.sentencepiece else ""
         texts = [text for prefix, suffix in pairs for text in (prefix, mark + (suffix or ""))]
         encoded = self.tokenizer.encode_batch_or_errors(texts)
@@ -260,7 +283,9 @@ class Format:
         share: float | None,
     ) -> Prompt:
         if len(before) + len(after) <= room:
-            return Prompt(self._lay_out(before, after, suffix), self.stop_token_ids, False, len(prefix), len(suffix or ""))
+            return Prompt(
+                self._lay_out(before, after, suffix), self.stop_token_ids, False, len(prefix), len(suffix or "")
+            )
         kept = window(len(before), len(after), room, suffix_share=share, align=align)
         start, head = self._prefix_from(prefix, before, kept.prefix_start)
         stop, tail = self._suffix_to(suffix or "", after, kept.suffix_stop)
@@ -308,9 +333,7 @@ class Format:
             return "length"
         return "eom" if stop_token_id == self._end else "eos"
 
-    def infill(
-        self, token_ids: Sequence[int], *, stop_token_id: int | None = None, stop: Sequence[str] = ()
-    ) -> Infill:
+    def infill(self, token_ids: Sequence[int], *, stop_token_id: int | None = None, stop: Sequence[str] = ()) -> Infill:
         """The text up to the first control token or ``stop`` string; broken UTF-8 at the end becomes U+FFFD."""
         special = self.tokenizer.special_ids
         at = next((i for i, token_id in enumerate(token_ids) if token_id in special), None)
@@ -318,4 +341,3 @@ class Format:
         reason = self.finish_reason(stop_token_id if at is None else token_ids[at])
         cuts = [place for word in stop if (place := text.find(word)) >= 0]
         return Infill(text[: min(cuts)], "stop") if cuts else Infill(text, reason)
-

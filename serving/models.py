@@ -11,8 +11,8 @@ from typing import Any
 from serving.errors import ModelError
 
 CITATION = (
-    "Nijkamp, Hayashi, Xiong, Savarese, Zhou: CodeGen2: Lessons for Training LLMs on Programming and Natural Languages. "
-    "ICLR 2023, arXiv:2305.02309"
+    "Nijkamp, Hayashi, Xiong, Savarese, Zhou: CodeGen2: Lessons for Training LLMs on Programming and Natural "
+    "Languages. ICLR 2023, arXiv:2305.02309"
 )
 STARCODER_SEARCH = "https://huggingface.co/spaces/bigcode/starcoder-search"
 KV_BYTES_PER_TOKEN = 2 * 32 * 4_096 * 2
@@ -50,7 +50,7 @@ def _codegen25(variant: str, data: str, *, licence: str = "Apache-2.0", notice: 
         licence=licence,
         notice=notice,
         training_data=data,
-        attribution=f"The model may repeat training code verbatim, whose licence may ask for attribution: {STARCODER_SEARCH}",
+        attribution=f"may repeat training code verbatim, whose licence may ask for attribution: {STARCODER_SEARCH}",
         citation=CITATION,
         download_bytes=27_600_000_000,
         memory_bytes=13_800_000_000,
@@ -66,7 +66,7 @@ KNOWN_MODELS: dict[str, Model] = {
             context=1_024,
             dtype="bfloat16",
             licence="Apache-2.0 (weights); trained on the Python standard library, PSF-2.0",
-            notice="demo-codegen25 is a toy of 12 million parameters that shows the format, not what CodeGen2.5 can do.",
+            notice="demo-codegen25 is a toy of 12 million parameters: it shows the format, not CodeGen2.5's skill.",
             training_data="Python 3.11 standard library without tests, 5 % of modules held out (PSF-2.0)",
         ),
         _codegen25("multi", "StarCoderData, 1.4 trillion tokens"),
@@ -157,9 +157,9 @@ def download_notice(model: Model) -> str | None:
         return None
     per_token = KV_BYTES_PER_TOKEN / 2**10
     return (
-        f"{model.name} will be fetched from {model.hub_id}: {model.download_bytes / 1e9:.1f} GB on disk (sharded FP32 "
-        f"PyTorch files, republished by a third party, unverified), {model.memory_bytes / 1e9:.1f} GB of memory for the "
-        f"weights in bf16, and {per_token:.0f} KiB of KV cache a token."
+        f"{model.name} will be fetched from {model.hub_id}: {model.download_bytes / 1e9:.1f} GB on disk (sharded "
+        f"FP32 PyTorch files, republished by a third party, unverified), {model.memory_bytes / 1e9:.1f} GB of "
+        f"memory for the weights in bf16, and {per_token:.0f} KiB of KV cache a token."
     )
 
 

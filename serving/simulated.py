@@ -241,7 +241,11 @@ def _noise(token_ids: Ids[int], seed: int, sampling: Sampling) -> Completion:
     stops = not sampling.ignore_eos and sampling.stop_token_ids and length < sampling.max_tokens
     count = length if stops else sampling.max_tokens
     start = (number >> 20) % len(NOISE)
-    ids = list(itertools.islice(itertools.cycle(NOISE), start, start + count)) if start + count > len(NOISE) else NOISE[start : start + count]
+    ids = (
+        list(itertools.islice(itertools.cycle(NOISE), start, start + count))
+        if start + count > len(NOISE)
+        else NOISE[start : start + count]
+    )
     logprobs = [-1.0] * (len(ids) + bool(stops)) if sampling.logprobs else None
     if stops:
         return Completion(ids, "stop", sampling.stop_token_ids[0], logprobs)

@@ -27,15 +27,37 @@ RANKS_SHA256 = "c529be663a2a797698339e02b97a644ee6f3af6102c02b362f1b1183a94f777f
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 """GPT-2's split pattern (Radford et al., 2019) in the possessive form that tiktoken uses."""
 
-STARCODER_TOKENS = (
-    "<fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <filename> <gh_stars> <issue_start> <issue_comment> "
-    "<issue_closed> <jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <empty_output> <commit_before> "
-    "<commit_msg> <commit_after> <reponame> <dummy_0> <dummy_1> <dummy_2> <dummy_3>"
-).split()
+STARCODER_TOKENS = [
+    "<fim_prefix>",
+    "<fim_middle>",
+    "<fim_suffix>",
+    "<fim_pad>",
+    "<filename>",
+    "<gh_stars>",
+    "<issue_start>",
+    "<issue_comment>",
+    "<issue_closed>",
+    "<jupyter_start>",
+    "<jupyter_text>",
+    "<jupyter_code>",
+    "<jupyter_output>",
+    "<empty_output>",
+    "<commit_before>",
+    "<commit_msg>",
+    "<commit_after>",
+    "<reponame>",
+    "<dummy_0>",
+    "<dummy_1>",
+    "<dummy_2>",
+    "<dummy_3>",
+]
 
 MAX_RUN = 20_000
 """Characters that are encoded at once; longer texts are encoded in pieces."""
 
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+"""What one of must be in a model's folder: without any, transformers makes an empty tokenizer up."""
 
 MIN_CHUNK = 16
 """Texts a thread below which threads do not pay."""
@@ -113,7 +135,9 @@ def codegen25() -> "TiktokenTokenizer":
     special = {"<|endoftext|>": 50_256, "<sep>": 50_317, "<eom>": 50_318}
     special |= {token: 50_295 + i for i, token in enumerate(STARCODER_TOKENS)}
     special |= {f"<mask_{k}>": VOCAB_SIZE - k for k in range(1, 882)}
-    return TiktokenTokenizer(tiktoken.Encoding(CODEGEN25, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special), special)
+    return TiktokenTokenizer(
+        tiktoken.Encoding(CODEGEN25, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special), special
+    )
 
 
 class TiktokenTokenizer:
@@ -183,14 +207,20 @@ class TiktokenTokenizer:
 
 @cache
 def _hugging_face(source: str, revision: str | None) -> "HuggingFaceTokenizer":
+    if Path(source).is_dir() and not any(Path(source, name).is_file() for name in VOCABULARY_FILES):
+        raise _no_tokenizer(source, "no vocabulary file is there")
     from transformers import AutoTokenizer
 
     try:
         return HuggingFaceTokenizer(AutoTokenizer.from_pretrained(source, revision=revision), source)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        own = _looks_like_codegen25(source)
-        remedy = "It has CodeGen2.5's vocabulary: add --format codegen25." if own else "Put tokenizer.json beside the weights."
-        raise ModelError(f"{source} has no tokenizer that loads: {str(error).splitlines()[0]}", remedy=remedy) from error
+        raise _no_tokenizer(source, str(error).splitlines()[0]) from error
+
+
+def _no_tokenizer(source: str, reason: str) -> ModelError:
+    own = _looks_like_codegen25(source)
+    remedy = "It has CodeGen2.5's vocabulary: add --format codegen25." if own else "Put tokenizer.json in the folder."
+    return ModelError(f"{source} has no tokenizer that loads: {reason}.", remedy=remedy)
 
 
 def _looks_like_codegen25(source: str) -> bool:
@@ -265,7 +295,9 @@ class HuggingFaceTokenizer:
 
 def _special_id(special: dict[str, int], token: str, name: str) -> int:
     if token not in special:
-        raise FormatError(f"the tokenizer of {name} has no control token {token}.", remedy="Choose another --format or model.")
+        raise FormatError(
+            f"the tokenizer of {name} has no control token {token}.", remedy="Choose another --format or model."
+        )
     return special[token]
 
 
@@ -274,7 +306,8 @@ def _check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"the text holds a lone surrogate at character {error.start}.", remedy="Replace it: it is not valid Unicode."
+            f"the text holds a lone surrogate at character {error.start}.",
+            remedy="Replace it: it is not valid Unicode.",
         ) from None
 
 

@@ -3,7 +3,7 @@
     python deploy/demo_model/train.py --hours 2.5 --checkpoints FOLDER   # goes on from the latest checkpoint
     python deploy/demo_model/train.py --export --checkpoints FOLDER --output serving/data/demo-codegen25
 
-Samples are windows of a file with one to eight spans masked, in the format of CodeGen2 (arXiv:2305.02309): every span is
+Samples are windows of a file with one to eight spans masked, in CodeGen2's format (arXiv:2305.02309): every span is
 replaced by ``<mask_k>``, and after ``<|endoftext|><sep>`` follow ``<mask_k> span <eom>`` in turn. The softmax is
 restricted to the ids that occur; on export the other rows of the embedding get the mean of the rarest rows.
 """
@@ -150,13 +150,13 @@ def known_ids(files: list[tuple[str, str]], sampler: Sampler) -> list[int]:
     return sorted(seen)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.Optimizer):  # type: ignore[misc]
     """Momentum made orthogonal by Newton-Schulz steps, for hidden matrices (Jordan et al., 2024)."""
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.02) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self, closure: Any = None) -> None:
         """One update."""
         for group in self.param_groups:

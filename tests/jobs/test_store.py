@@ -16,10 +16,15 @@ def test_published_bytes_come_back_and_nothing_else_lies_there(tmp_path: Path) -
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None:
     location = locate(str(tmp_path)).join("data", "part.parquet")
     publish_bytes(location, b"old")
-    with pytest.raises(KeyboardInterrupt), publish(location) as stream:
-        stream.write(b"half")
-        assert [p.name for p in (tmp_path / "data").iterdir()] == ["part.parquet"]
-        raise KeyboardInterrupt
+
+    def write_half() -> None:
+        with publish(location) as stream:
+            stream.write(b"half")
+            assert [p.name for p in (tmp_path / "data").iterdir()] == ["part.parquet"]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
     assert read_bytes(location) == b"old"
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["part.parquet"]
 

@@ -7,7 +7,9 @@ import pytest
 from serving.cores import available_cores, claim_cores
 from serving.errors import ResourceError
 
-CLAIM = "import sys, pathlib; from serving.cores import claim_cores; print(*claim_cores(1, folder=pathlib.Path(sys.argv[1])))"
+CLAIM = """import pathlib, sys
+from serving.cores import claim_cores
+print(*claim_cores(1, folder=pathlib.Path(sys.argv[1])))"""
 
 
 def test_cores_are_claimed_once_and_freed_by_death(tmp_path: Path) -> None:

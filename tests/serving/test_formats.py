@@ -1,0 +1,245 @@
+"""Each format renders the prompt that its model's own documentation shows."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from serving.errors import FormatError, InputError, SpanfillError
+from serving.formats import FORMATS, Format, load_format
+
+
+class Letters:
+    """A tokenizer of one id a character, with whatever control tokens it is given."""
+
+    def __init__(self, control: Sequence[str], *, bos: str | None = None, eos: str | None = None) -> None:
+        self._special = {token: 1 << 21 | i for i, token in enumerate(control)}
+        self._names = {i: token for token, i in self._special.items()}
+        self.special_ids = frozenset(self._names)
+        self.bos_id = self._special.get(bos or "")
+        self.eos_id = self._special.get(eos or "")
+        self.vocab_size = 1 << 22
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def encode_batch_or_errors(self, texts: Sequence[str]) -> list[list[int] | InputError]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(i) for i in ids if i not in self.special_ids)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return self.decode(ids).encode()
+
+    def special_id(self, token: str) -> int:
+        if token not in self._special:
+            raise FormatError(f"no control token {token}.")
+        return self._special[token]
+
+    def token(self, token_id: int) -> str:
+        return self._names.get(token_id) or chr(token_id)
+
+    def vocab(self) -> dict[str, int]:
+        return dict(self._special)
+
+
+def render(fmt: Format, prefix: str, suffix: str | None) -> str:
+    """The prompt as text, SentencePiece's marker aside."""
+    return "".join(map(fmt.tokenizer.token, fmt.prompt(prefix, suffix, max_tokens=8).token_ids))
+
+
+def letters_for(name: str) -> Letters:
+    spec = FORMATS[name]
+    control = [*dict.fromkeys([*spec.control_tokens, *([spec.end] if spec.end else []), *spec.stops, "<s>", "</s>"])]
+    return Letters(control, bos="<s>", eos="</s>")
+
+
+QUICK_SORT = (
+    "def quick_sort(arr):\n    if len(arr) <= 1:\n        return arr\n    pivot = arr[0]\n    left = []\n",
+    "\n        if arr[i] < pivot:\n            left.append(arr[i])",
+)
+DOCUMENTED = [
+    # hf.co/Salesforce/codegen25-7b-multi_P, README, "Infill sampling"
+    (
+        "codegen25",
+        ("def hello_world():\n    ", "    return name"),
+        "def hello_world():\n    <mask_1>    return name<|endoftext|><sep><mask_1>",
+    ),
+    # hf.co/Salesforce/codegen2-7B_P, README, "Infill sampling"
+    (
+        "codegen2",
+        ("def hello_world():\n    ", "    return name"),
+        "def hello_world():\n    <mask_1>    return name<|endoftext|><sep><mask_1>",
+    ),
+    # hf.co/bigcode/starcoder, README, "Fill-in-the-middle", and its discussion 31
+    (
+        "starcoder",
+        ("def fib(n):", "    else:\n        return fib(n - 2) + fib(n - 1)"),
+        "<fim_prefix>def fib(n):<fim_suffix>    else:\n        return fib(n - 2) + fib(n - 1)<fim_middle>",
+    ),
+    # hf.co/bigcode/starcoder2-15b, discussion 6: as StarCoder
+    (
+        "starcoder2",
+        ("def fib(n):", "    else:\n        return fib(n - 2) + fib(n - 1)"),
+        "<fim_prefix>def fib(n):<fim_suffix>    else:\n        return fib(n - 2) + fib(n - 1)<fim_middle>",
+    ),
+    # github.com/QwenLM/Qwen2.5-Coder, README, "Fill in the middle with Qwen2.5-Coder"
+    (
+        "qwen2.5-coder",
+        ("def quicksort(arr):\n    if len(arr) <= 1:\n        return arr\n    ", "\n    return x"),
+        "<|fim_prefix|>def quicksort(arr):\n    if len(arr) <= 1:\n        return arr\n    <|fim_suffix|>\n"
+        "    return x<|fim_middle|>",
+    ),
+    # ai.google.dev/gemma/docs/codegemma/prompt-structure, "Fill in task example"; BOS by the tokenizer
+    (
+        "codegemma",
+        ("import ", "\nif __name == '__main__':\n   sys.exit(0)"),
+        "<s><|fim_prefix|>import <|fim_suffix|>\nif __name == '__main__':\n   sys.exit(0)<|fim_middle|>",
+    ),
+    # github.com/deepseek-ai/DeepSeek-Coder, README, "Code Insertion"; BOS by the tokenizer
+    (
+        "deepseek-coder",
+        QUICK_SORT,
+        f"<s><｜fim▁begin｜>{QUICK_SORT[0]}<｜fim▁hole｜>{QUICK_SORT[1]}<｜fim▁end｜>",
+    ),
+    # github.com/meta-llama/codellama, llama/generation.py, infilling_prompt_tokens
+    ("codellama", ("def f(x):\n", "    return y"), "<s><PRE>def f(x):\n<SUF>    return y<MID>"),
+    ("codellama-spm", ("def f(x):\n", "    return y"), "<s><PRE><SUF>    return y<MID>def f(x):\n"),
+    # github.com/mistralai/mistral-common, InstructTokenizerV2.encode_fim
+    ("codestral", ("def f(x):\n", "    return y"), "<s>[SUFFIX]    return y[PREFIX]def f(x):\n"),
+    # github.com/ByteDance-Seed/Seed-Coder, README, "Fill-in-the-Middle"
+    (
+        "seed-coder",
+        ("def add(a, b):\n", "\n    return c"),
+        "<[fim-suffix]>\n    return c<[fim-prefix]>def add(a, b):\n<[fim-middle]>",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "pair", "prompt"), DOCUMENTED)
+def test_the_documented_prompt(name: str, pair: tuple[str, str], prompt: str) -> None:
+    assert render(Format(FORMATS[name], letters_for(name)), *pair) == prompt
+
+
+def test_every_format_is_checked_against_its_documentation() -> None:
+    assert {name for name, _, _ in DOCUMENTED} | {"causal"} == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", [n for n in FORMATS if n != "causal"])
+def test_a_model_without_a_control_token_is_refused_by_name(name: str) -> None:
+    for token in FORMATS[name].control_tokens:
+        whole = letters_for(name)
+        whole._special.pop(token)
+        with pytest.raises(FormatError, match=r"control token") as caught:
+            Format(FORMATS[name], whole)
+        assert token in str(caught.value)
+
+
+def test_the_cards_two_snippets_give_the_cards_ids() -> None:
+    """The model card's causal and infill prompts, with the ids of the publisher's tokenizer."""
+    fmt = load_format("codegen25")
+    causal = fmt.prompt("def hello_world():", max_tokens=8)
+    assert causal.token_ids == fmt.tokenizer.encode("def hello_world():") == [4299, 23748, 62, 6894, 33529]
+    infill = fmt.prompt("def hello_world():\n    ", "    return name", max_tokens=8)
+    assert infill.token_ids == (
+        [4299, 23748, 62, 6894, 33529, 198, 50284, 51199, 50285, 1441, 1438, 50256, 50317, 51199]
+    )
+    assert fmt.stop_token_ids[0] == 50_318
+
+
+def test_no_suffix_and_an_empty_suffix_are_not_the_same() -> None:
+    fmt = load_format("codegen25")
+    assert render(fmt, "a", None) == "a"
+    assert render(fmt, "a", "") == "a<mask_1><|endoftext|><sep><mask_1>"
+
+
+def test_control_tokens_in_user_text_stay_text() -> None:
+    fmt = load_format("codegen25")
+    ids = fmt.prompt("<mask_1><sep>", "<eom>", max_tokens=8).token_ids
+    assert [fmt.tokenizer.token(i) for i in ids if i in fmt.tokenizer.special_ids] == (
+        ["<mask_1>", "<|endoftext|>", "<sep>", "<mask_1>"]
+    )
+
+
+def test_a_bad_row_spares_its_neighbours() -> None:
+    good, bad, also = load_format("codegen25").prompt_batch([("a", "b"), ("\ud800", "b"), ("c", None)], max_tokens=8)
+    assert isinstance(bad, SpanfillError)
+    assert not isinstance(good, SpanfillError)
+    assert not isinstance(also, SpanfillError)
+
+
+def test_an_infill_ends_at_the_first_control_token_or_stop_string() -> None:
+    fmt = load_format("codegen25")
+    body = fmt.tokenizer.encode("return name\nx")
+    eom, mask = fmt.tokenizer.special_id("<eom>"), fmt.tokenizer.special_id("<mask_2>")
+    assert fmt.infill(body, stop_token_id=eom).finish_reason == "eom"
+    assert fmt.infill(body).finish_reason == "length"
+    assert fmt.infill(body, stop_token_id=fmt.tokenizer.special_id("<sep>")).finish_reason == "eos"
+    leaked = fmt.infill([*body, mask, *body])
+    assert (leaked.text, leaked.finish_reason) == ("return name\nx", "eos")
+    stopped = fmt.infill(body, stop_token_id=eom, stop=("x", "\n"))
+    assert (stopped.text, stopped.finish_reason) == ("return name", "stop")
+
+
+def test_a_character_cut_in_half_at_the_end_is_shown_as_such() -> None:
+    fmt = load_format("codegen25")
+    assert fmt.infill(fmt.tokenizer.encode("a漢")[:-1]).text == "a\ufffd"
+
+
+def test_a_format_that_needs_a_tokenizer_says_so() -> None:
+    with pytest.raises(FormatError, match="needs its model's tokenizer"):
+        load_format("starcoder2")
+
+
+def test_a_causal_format_refuses_a_suffix() -> None:
+    fmt = Format(FORMATS["causal"], letters_for("causal"))
+    assert render(fmt, "a", None) == "a"
+    with pytest.raises(FormatError, match="suffix"):
+        fmt.prompt("a", "b", max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece-like tokenizer as Code Llama's: a blank is put before each text, bytes are a fallback."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefxyz ():\n", "▁a", "▁▁", "▁x"]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    built = Tokenizer(models.BPE(vocab, [("▁", "a"), ("▁", "▁"), ("▁", "x")], byte_fallback=True, unk_token="<unk>"))
+    built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    built.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    control = ["<s>", "</s>", "▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
+    built.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    folder = tmp_path_factory.mktemp("codellama")
+    built.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 32_016}))
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+def test_code_llama_gets_no_blank_before_suffix_or_infill(llama_folder: Path) -> None:
+    fmt = load_format("codellama", tokenizer_of=str(llama_folder))
+    ids = fmt.prompt("a b", "x y", max_tokens=8).token_ids
+    assert [fmt.tokenizer.token(i) for i in ids] == (
+        ["<s>", "▁<PRE>", "▁a", "▁", "b", "▁<SUF>", "x", "▁", "y", "▁<MID>"]
+    )
+    marked = fmt.tokenizer.encode("☺ a x")[len(fmt.tokenizer.encode("☺")) :]
+    assert fmt.infill(marked).text == " a x"
+
+
+def test_code_llama_counts_characters_when_cut(llama_folder: Path) -> None:
+    fmt = load_format("codellama", tokenizer_of=str(llama_folder))
+    prompt = fmt.prompt("a " * 40, "x " * 40, max_tokens=4, max_context=40, prefix_align=1)
+    assert prompt.truncated
+    assert len(prompt.token_ids) <= 36
+    assert 0 < prompt.suffix_chars < 80
+    assert 0 < prompt.prefix_chars < 80
