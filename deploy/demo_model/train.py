@@ -211,7 +211,7 @@ def learning_rate(elapsed: float, budget: float, step: int) -> float:
 
 
 def train(folder: Path, hours: float, seed: int) -> None:
-    """Train until ``hours`` of training are on the clock in all, from the latest checkpoint on."""
+    """Train until ``hours`` of CPU time are spent in all, from the latest checkpoint on."""
     folder.mkdir(parents=True, exist_ok=True)
     files = library_files()
     ids_file, state_file = folder / "ids.json", folder / "state.pt"
@@ -235,9 +235,9 @@ def train(folder: Path, hours: float, seed: int) -> None:
     print(f"{len(files)} files, {len(ids)} ids, step {step}, {elapsed / 3600:.2f} h so far", flush=True)
     sampler = Sampler(files, seed * 1_000_003 + step)
     draw = torch.Generator().manual_seed(seed + step)
-    started, saved, losses = time.monotonic() - elapsed, time.monotonic(), []
+    started, saved, losses = time.process_time() - elapsed, time.monotonic(), []
     budget = hours * 3600
-    while (elapsed := time.monotonic() - started) < budget:
+    while (elapsed := time.process_time() - started) < budget:
         rate = learning_rate(elapsed, budget, step)
         for optimizer, peak in ((muon, MATRIX_LR), (adam, EMBEDDING_LR)):
             for group in optimizer.param_groups:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def engine(checkpoint: Path, wait: Await) -> Iterator[VllmEngine]:
 
 def ask(engine: VllmEngine, wait: Await, *requests: Request, **sampling: Any) -> list[Result]:
     async def gather() -> list[Result]:
-        made = Sampling(**({"max_tokens": 12, "stop_token_ids": (EOM,)} | sampling))
+        made = replace(Sampling(12, stop_token_ids=(EOM,)), **sampling)
         return await asyncio.gather(*(engine.generate(request, made) for request in requests))
 
     found: list[Result] = wait(gather())
