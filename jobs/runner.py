@@ -1,5 +1,6 @@
 """The visible loop: plan, start, feed, watch, commit."""
 
+import math
 import signal
 import threading
 import time
@@ -35,7 +36,9 @@ from serving.models import Model, resolve_model
 UNITS_AHEAD = 3
 """Units that a feeder has under way: while one drains, the next is read and tokenised."""
 
-CALLS_PER_REPLICA = 6
+ROWS_AHEAD = 2
+"""Rows in flight for each place in an engine's batch, so that a finished row's successor already waits there."""
+
 MIN_ROWS_FOR_ERROR_RATE = 100
 POLL_SECONDS = 0.2
 
@@ -150,8 +153,7 @@ def _feed(
     job: Job, ledger: Ledger, left: deque[Unit], progress: Progress, watcher: Watcher, signals: "Signals"
 ) -> None:
     spec = job.spec
-    fleet.connect()
-    try:
+    with fleet.connected() as embedded:
         feeders = _start_feeders(job)
         running: dict[Any, Any] = {}
         _top_up(feeders, running, left, job.inputs.files)
@@ -159,15 +161,13 @@ def _feed(
         progress.stage = "starting the engine"
         watcher.update(progress)
         replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
-        service = fleet.join_or_start(job.engine, replicas, say=watcher.say, should_stop=signals.received)
+        service = fleet.join_or_start(job.engine, replicas, embedded=embedded, say=watcher.say, check=signals.check)
         try:
             _attach(feeders, service, spec)
             progress.stage = "running"
             _watch(job, feeders, running, left, progress, watcher, signals, service)
         finally:
             service.release()
-    finally:
-        fleet.disconnect()
 
 
 def _start_feeders(job: Job) -> list[Any]:
@@ -222,7 +222,9 @@ def provenance(job: Job) -> dict[str, Any]:
 
 
 def _attach(feeders: list[Any], service: fleet.Fleet, spec: JobSpec) -> None:
-    window = max(2, CALLS_PER_REPLICA * spec.replicas // len(feeders))
+    """Let the feeders call; together they keep ``ROWS_AHEAD`` times what the engines' batches hold in flight."""
+    calls = max(3, math.ceil(ROWS_AHEAD * service.info.max_num_seqs / spec.batch_rows))
+    window = max(2, math.ceil(calls * spec.replicas / len(feeders)))
     ray.get([feeder.attach.remote(DEPLOYMENT, service.name, window) for feeder in feeders])
 
 
@@ -333,10 +335,6 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._number = number
-
-    def received(self) -> bool:
-        """Whether one has come."""
-        return bool(self._number)
 
     def check(self) -> None:
         """Raise what the signal asks for."""

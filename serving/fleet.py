@@ -5,7 +5,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -26,44 +27,47 @@ LIFELINE_SECONDS = 45.0
 RESOURCE_WAIT_SECONDS = 60.0
 
 
-def connect() -> None:
-    """Join the cluster that ``RAY_ADDRESS`` names, else start Ray on this machine; does nothing when connected."""
+@contextmanager
+def connected() -> Iterator[bool]:
+    """Be in a Ray cluster: the one that this process is in already, else ``RAY_ADDRESS``'s, else one started here.
+
+    Gives whether the cluster was started here, and so ends here. Raises ``ConfigError`` when none answers.
+    """
     if ray.is_initialized():
+        _start_serve()
+        yield False
         return
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
+    local = {} if address else {"include_dashboard": False, "object_store_memory": 512 << 20}
     try:
-        ray.init(
-            address=address or "local",
-            logging_level="ERROR",
-            log_to_driver=False,
-            **({} if address else {"include_dashboard": False, "object_store_memory": 512 << 20}),
-        )
+        ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **local)
     except ConnectionError as error:
         raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}", remedy="Check the address, or unset it.") from error
-    embedded = {"proxy_location": "Disabled"} if not address else {}
-    serve.start(logging_config={"log_level": "ERROR", "enable_access_log": False}, **embedded)
+    try:
+        _start_serve(**({} if address else {"proxy_location": "Disabled"}))
+        yield not address
+    finally:
+        ray.shutdown()
 
 
-def disconnect() -> None:
-    """Leave the cluster; one that this process started ends."""
-    ray.shutdown()
-
-
-def is_embedded() -> bool:
-    """Whether this process started the cluster, which then ends with it."""
-    return not os.environ.get("RAY_ADDRESS")
+def _start_serve(**options: str) -> None:
+    serve.start(logging_config={"log_level": "ERROR", "enable_access_log": False}, **options)
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """A running application: its name, a handle for calls, whether this job started it, and what its engines are."""
+    """A running application: its name, a handle for calls, what its engines are, whose it is.
+
+    ``own``: this job started it. ``guarded``: a ``Lifeline`` deletes it unless it hears from the job.
+    """
 
     name: str
     handle: DeploymentHandle
-    own: bool
     info: EngineInfo
+    own: bool = False
+    guarded: bool = False
 
     async def stats(self, replicas: int) -> dict[str, EngineStats]:
         """Readings by replica; asks twice as often as there are replicas, since Serve chooses who answers."""
@@ -72,7 +76,7 @@ class Fleet:
 
     def beat(self) -> None:
         """Tell the cluster that the job is alive."""
-        if self.own and not is_embedded():
+        if self.guarded:
             ray.get_actor(f"{self.name}-lifeline").beat.remote()
 
     def release(self) -> None:
@@ -82,12 +86,18 @@ class Fleet:
 
 
 def join_or_start(
-    engine: EngineConfig, replica: ReplicaConfig, *, say: Callable[[str], None], should_stop: Callable[[], bool]
+    engine: EngineConfig,
+    replica: ReplicaConfig,
+    *,
+    embedded: bool,
+    say: Callable[[str], None],
+    check: Callable[[], None],
 ) -> Fleet:
     """Join a running application with the same engine, else start one; returns when every replica is ready.
 
-    Raises ``ResourceError`` when resources do not suffice within a minute, ``EngineError`` when the engine does not
-    start, both in words.
+    ``check`` is called several times a second and may raise to give up. In a cluster that outlives this process (not
+    ``embedded``) a started application is guarded by a ``Lifeline``. Raises ``ResourceError`` when resources do not
+    suffice within a minute, ``EngineError`` when the engine does not start, both in words.
     """
     joined = _running_fleet(engine)
     if joined is not None:
@@ -95,18 +105,18 @@ def join_or_start(
         return joined
     replica = place(replica, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     name = f"{PRIVATE_PREFIX}{uuid.uuid4().hex[:8]}"
-    if not is_embedded():
+    if not embedded:
         ray.remote(Lifeline).options(name=f"{name}-lifeline", lifetime="detached", num_cpus=0).remote(name)
     target = serve.RunTarget(target=build(engine, replica), name=name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
-        _wait_until_running(name, engine, replica, say, should_stop)
+        _wait_until_running(name, engine, replica, embedded, say, check)
     except BaseException:
         serve.delete(name, _blocking=False)
         raise
     handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
     _, info = handle.describe.remote().result()
-    return Fleet(name, handle, True, info)
+    return Fleet(name, handle, info, own=True, guarded=not embedded)
 
 
 def _running_fleet(engine: EngineConfig) -> Fleet | None:
@@ -116,15 +126,21 @@ def _running_fleet(engine: EngineConfig) -> Fleet | None:
         handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
         fingerprint, info = handle.describe.remote().result(timeout_s=30)
         if fingerprint == engine.fingerprint:
-            return Fleet(name, handle, False, info)
+            return Fleet(name, handle, info)
     return None
 
 
 def _wait_until_running(
-    name: str, engine: EngineConfig, replica: ReplicaConfig, say: Callable[[str], None], should_stop: Callable[[], bool]
+    name: str,
+    engine: EngineConfig,
+    replica: ReplicaConfig,
+    embedded: bool,
+    say: Callable[[str], None],
+    check: Callable[[], None],
 ) -> None:
     patience = time.monotonic() + RESOURCE_WAIT_SECONDS
-    while not should_stop():
+    while True:
+        check()
         app = serve.status().applications.get(name)
         deployment = app.deployments.get(DEPLOYMENT) if app else None
         if app and app.status == "RUNNING":
@@ -136,7 +152,7 @@ def _wait_until_running(
             )
         if time.monotonic() > patience and _unplaced(name):
             shortage = _shortage(engine, replica)
-            if is_embedded():
+            if embedded:
                 raise ResourceError(shortage, remedy="Ask for fewer replicas, or for fewer cores each.")
             say(f"still waiting: {shortage}")
             patience = time.monotonic() + RESOURCE_WAIT_SECONDS

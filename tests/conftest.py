@@ -1,7 +1,7 @@
 """Fixtures that the whole suite shares: the command in this process, small checkpoints, small inputs."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from jobs.cli import main
 from tests.checkpoints import llama_checkpoint
@@ -53,6 +54,14 @@ def write_rows(tmp_path: Path) -> WriteRows:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """One Ray for every job that a test runs in this process."""
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

