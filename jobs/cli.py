@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from serving.errors import ConfigError, SpanfillError, UsageError
+from serving.errors import ConfigError, SpanfillError
 
 app = typer.Typer(
     help="High-throughput batch code infilling on vLLM: Parquet of prefix/suffix pairs in, Parquet of infills out.",
@@ -327,11 +327,6 @@ def bench_feed(
         Console().print(
             f"{result['rows_per_second']:,.0f} rows/s over {rows:,} rows of {row_bytes} bytes (instant engine)"
         )
-
-
-def _check_platform() -> None:
-    if sys.platform != "linux":
-        raise UsageError(f"spanfill runs on Linux, not on {sys.platform}.", remedy="Use Docker: see deploy/Dockerfile.")
 
 
 if __name__ == "__main__":

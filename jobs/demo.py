@@ -26,15 +26,16 @@ def cut_demo_pairs(output: Path, *, rows: int, seed: int) -> int:
 
 def judge(output: str) -> tuple[int, int, int]:
     """Rows, exact matches with the true middle (blanks around aside), and rows whose whole text still parses."""
-    rows = exact = parses = 0
+    rows = exact = good = 0
     for values in infill_rows(output, limit=1 << 60):
         rows += 1
         exact += values["infill"].strip() == values["middle"].strip()
-        parses += _parses(values["prefix"] + values["infill"] + values["suffix"])
-    return rows, exact, parses
+        good += parses(values["prefix"] + values["infill"] + values["suffix"])
+    return rows, exact, good
 
 
-def _parses(text: str) -> bool:
+def parses(text: str) -> bool:
+    """Whether a text is a Python module."""
     try:
         ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -44,7 +45,7 @@ def _parses(text: str) -> bool:
 
 def table(manifest: dict[str, Any], output: str) -> Table:
     """The demo's result."""
-    rows, exact, parses = judge(output)
+    rows, exact, good = judge(output)
     shown = Table(title=f"{manifest['model']} on {manifest['engine']}", show_header=False)
     shown.add_row("rows", f"{manifest['rows']:,}")
     shown.add_row("failures", f"{manifest['errors']:,}")
@@ -52,5 +53,5 @@ def table(manifest: dict[str, Any], output: str) -> Table:
     shown.add_row("output tokens/s", f"{manifest['output_tokens_per_second']:,.0f}")
     shown.add_row("prefix-cache hit share", f"{manifest['prefix_cache_hit_share']:.1%}")
     shown.add_row("exact matches", f"{exact / rows:.1%}" if rows else "-")
-    shown.add_row("files that parse", f"{parses / rows:.1%}" if rows else "-")
+    shown.add_row("files that parse", f"{good / rows:.1%}" if rows else "-")
     return shown

@@ -52,6 +52,7 @@ class UnitWork:
     facts: list[PromptFacts | None] = field(default_factory=list)
     prompts: "list[array.array[int] | None]" = field(default_factory=list)
     seeds: list[tuple[int, ...]] = field(default_factory=list)
+    ids: set[Any] = field(default_factory=set)
     samples: dict[int, list[Sample]] = field(default_factory=dict)
     journaled: set[int] = field(default_factory=set)
     replayed: int = 0
@@ -175,6 +176,9 @@ class Feeder:
                 work.facts.append(PromptFacts(length, prompt.prefix_chars, prompt.suffix_chars, prompt.truncated))
                 work.prompts.append(None if row in work.samples else array.array("i", prompt.token_ids))
             key = f"{work.file.name}:{source}" if identity is None else str(identity)
+            if identity is not None:
+                work.tally.repeated_ids += identity in work.ids
+                work.ids.add(identity)
             work.seeds.append(row_seeds(self._spec, key, source))
 
     async def _answer(self, work: UnitWork) -> None:

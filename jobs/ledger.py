@@ -58,6 +58,7 @@ class Tally:
     truncated: int = 0
     empty: int = 0
     retries: int = 0
+    repeated_ids: int = 0
     seconds: float = 0.0
     finish_reasons: dict[str, int] = field(default_factory=dict)
     error_codes: dict[str, int] = field(default_factory=dict)

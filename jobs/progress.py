@@ -54,7 +54,7 @@ class Display(Watcher):
 
     def say(self, message: str) -> None:
         """Print one line above the display."""
-        self.console.print(escape(message), highlight=False)
+        self.console.print(escape(message), highlight=False, soft_wrap=True)
 
     def update(self, progress: Progress) -> None:
         """Show the latest sums."""
@@ -95,6 +95,7 @@ class Display(Watcher):
                 f"[bold red]WARNING: only {shares['eom']:.0%} of the completions end with the model's end of infill."
                 "[/] Is this the right --format, and is --max-tokens long enough?",
                 highlight=False,
+                soft_wrap=True,
             )
 
 

@@ -207,11 +207,10 @@ class UnitReader:
             raise InputChangedError(
                 f"{file.name} has vanished.", remedy="Put it back and run again to resume."
             ) from None
-        except (pa.ArrowException, OSError) as error:
+        except OSError as error:
             self._path = ""
             raise InputChangedError(
-                f"{file.name}, rows {unit.start} to {unit.stop}: {error}",
-                remedy="Mend the file and run again to resume.",
+                f"{file.name} cannot be read: {error}.", remedy="Mend that and run again to resume."
             ) from error
 
     def _open(self, file: InputFile, start: int) -> None:
@@ -223,9 +222,22 @@ class UnitReader:
         while group < parquet.num_row_groups and at + parquet.metadata.row_group(group).num_rows <= start:
             at += parquet.metadata.row_group(group).num_rows
             group += 1
-        groups = range(group, parquet.num_row_groups)
-        self._batches = parquet.iter_batches(READ_ROWS, row_groups=list(groups), columns=self._columns)
+        self._batches = self._row_groups(parquet, group, at, file.name)
         self._path, self._at, self._rest = file.path, at, None
+
+    def _row_groups(self, parquet: pq.ParquetFile, group: int, at: int, name: str) -> Iterator[pa.RecordBatch]:
+        """The batches from row group ``group`` on, whose first row is ``at``; one group is held at a time."""
+        for number in range(group, parquet.num_row_groups):
+            stop = at + parquet.metadata.row_group(number).num_rows
+            try:
+                yield from parquet.iter_batches(READ_ROWS, row_groups=[number], columns=self._columns)
+            except (pa.ArrowException, OSError) as error:
+                self._path = ""
+                raise InputChangedError(
+                    f"{name}, rows {at} to {stop} (row group {number}): {error}.",
+                    remedy="Mend the file and run again to resume.",
+                ) from error
+            at = stop
 
     def _take(self, file: InputFile, unit: Unit) -> Iterator[pa.RecordBatch]:
         while self._at < unit.stop:

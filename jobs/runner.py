@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FrameType
@@ -140,13 +140,23 @@ def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
     done = ledger.done()
     left = deque(unit for unit in units if unit.index not in done)
     progress = Progress(job.total_rows, resumed_rows=sum(u.rows for u in units if u.index in done))
+    if job.inputs.ignored:
+        watcher.say(f"not Parquet, left out: {_some(job.inputs.ignored)}")
     if resumed:
         watcher.say(f"resuming: {len(done)} of {len(units)} parts are done")
     started = time.monotonic()
     if left:
         with _interruptible() as signals:
             _feed(job, ledger, left, progress, watcher, signals)
-    return _commit(job, ledger, units, time.monotonic() - started, progress)
+    manifest = _commit(job, ledger, units, time.monotonic() - started, progress)
+    if repeated := manifest["tally"]["repeated_ids"]:
+        watcher.say(f"{repeated:,} rows repeat an id of their part; rows are told apart by file and row number")
+    return manifest
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _feed(
@@ -260,14 +270,14 @@ def _watch(
             service.beat()
             signals.check()
             _check_errors(job.spec, progress.tally)
-    except (SpanfillError, KeyboardInterrupt):
+    except (SpanfillError, KeyboardInterrupt, ray.exceptions.RayTaskError) as error:
         progress.stage = "stopping"
         watcher.update(progress)
         ray.get([feeder.stop.remote() for feeder in feeders], timeout=20)
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
+        if isinstance(cause, SpanfillError):
+            raise cause from None
         raise
-    except ray.exceptions.RayTaskError as error:
-        ray.get([feeder.stop.remote() for feeder in feeders], timeout=20)
-        raise (error.cause if isinstance(error.cause, SpanfillError) else error) from None
 
 
 def _collect(feeders: list[Any], progress: Progress, watcher: Watcher) -> None:

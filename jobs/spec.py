@@ -58,15 +58,12 @@ class JobSpec(Frozen):
     max_error_rate: float = Field(0.05, ge=0, le=1)
     feeders: int = Field(1, ge=1)
     resume: bool = True
-    retry_errors: bool = False
     overwrite: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> "JobSpec":
         if self.n > 1 and self.temperature == 0:
             raise ValueError("n > 1 at temperature 0 would repeat one infill; set temperature")
-        if self.overwrite and self.retry_errors:
-            raise ValueError("overwrite and retry_errors exclude each other")
         _known("columns", self.columns, ROLES)
         _known("extra_columns (--with)", self.extra_columns, EXTRA_COLUMNS)
         _known("trim", self.trim, TRIMMINGS)

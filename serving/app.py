@@ -7,7 +7,7 @@ from ray import serve
 from ray.serve import Application
 
 from serving.config import EngineConfig, Frozen, ReplicaConfig
-from serving.engine import check_engine_args
+from serving.engine import check_engine_args, is_gpu_build
 from serving.models import resolve_model
 from serving.replica import Replica
 
@@ -93,10 +93,11 @@ def build_app(args: dict[str, Any]) -> Application:
 def place(replica: ReplicaConfig, nodes: list[dict[str, float]]) -> ReplicaConfig:
     """Decide GPUs or cores from the resources of the live nodes where the configuration leaves it open.
 
-    On CPUs the replicas are dealt over the nodes and each gets an equal share of its node's cores.
+    GPUs where a node has some, or where vLLM's GPU build is installed: the nodes may be yet to come. On CPUs the
+    replicas are dealt over the nodes and each gets an equal share of its node's cores.
     """
-    if replica.cores or any(node.get("GPU", 0) for node in nodes):
-        use_gpu = replica.use_gpu or any(node.get("GPU", 0) for node in nodes)
+    use_gpu = replica.use_gpu or is_gpu_build() or any(node.get("GPU", 0) for node in nodes)
+    if replica.cores or use_gpu:
         return replica.model_copy(update={"use_gpu": use_gpu})
     cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1] or [1]
     share = max(cores)

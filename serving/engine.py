@@ -70,6 +70,11 @@ def installed_version(package: str) -> str:
     return ""
 
 
+def is_gpu_build() -> bool:
+    """Whether the installed vLLM is the one for GPUs; its CPU build is a package of another name."""
+    return any(True for _ in importlib.metadata.Distribution.discover(name="vllm"))
+
+
 class VllmEngine:
     """One AsyncLLM. Make it with ``VllmEngine.start``; it belongs to the event loop that made it."""
 

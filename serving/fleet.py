@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import ray
 from ray import serve
+from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
 from serving.app import DEPLOYMENT, build, place
@@ -77,12 +78,12 @@ class Fleet:
     def beat(self) -> None:
         """Tell the cluster that the job is alive."""
         if self.guarded:
-            ray.get_actor(f"{self.name}-lifeline").beat.remote()
+            _lifeline(self.name).beat.remote()
 
     def release(self) -> None:
         """Delete the application if this job started it."""
         if self.own:
-            serve.delete(self.name, _blocking=False)
+            _delete(self.name, self.guarded)
 
 
 def join_or_start(
@@ -106,13 +107,13 @@ def join_or_start(
     replica = place(replica, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     name = f"{PRIVATE_PREFIX}{uuid.uuid4().hex[:8]}"
     if not embedded:
-        ray.remote(Lifeline).options(name=f"{name}-lifeline", lifetime="detached", num_cpus=0).remote(name)
+        ray.remote(Lifeline).options(name=_lifeline_name(name), lifetime="detached", num_cpus=0).remote(name)
     target = serve.RunTarget(target=build(engine, replica), name=name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
         _wait_until_running(name, engine, replica, embedded, say, check)
     except BaseException:
-        serve.delete(name, _blocking=False)
+        _delete(name, guarded=not embedded)
         raise
     handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
     _, info = handle.describe.remote().result()
@@ -139,8 +140,11 @@ def _wait_until_running(
     check: Callable[[], None],
 ) -> None:
     patience = time.monotonic() + RESOURCE_WAIT_SECONDS
+    seen = False
     while True:
         check()
+        if not embedded:
+            _lifeline(name).beat.remote()
         app = serve.status().applications.get(name)
         deployment = app.deployments.get(DEPLOYMENT) if app else None
         if app and app.status == "RUNNING":
@@ -150,6 +154,9 @@ def _wait_until_running(
                 f"the engine did not start: {_last_words(deployment.message if deployment else app.message)}",
                 remedy="The replica's log is in Ray's session folder, under logs/serve.",
             )
+        if seen and app is None:
+            raise EngineError(f"the application {name} was deleted while it started.", remedy="Run again to resume.")
+        seen = seen or app is not None
         if time.monotonic() > patience and _unplaced(name):
             shortage = _shortage(engine, replica)
             if embedded:
@@ -180,6 +187,21 @@ def _last_words(message: str) -> str:
     return (told or lines or ["no reason was given"])[-1]
 
 
+def _lifeline_name(app: str) -> str:
+    return f"{app}-lifeline"
+
+
+def _lifeline(app: str) -> ActorHandle:
+    return ray.get_actor(_lifeline_name(app))
+
+
+def _delete(app: str, guarded: bool) -> None:
+    """Delete an application and, last since it may be who calls, its ``Lifeline``."""
+    serve.delete(app, _blocking=False)
+    if guarded:
+        ray.kill(_lifeline(app))
+
+
 class Lifeline:
     """Deletes a job's application when the job's driver has been silent for too long, then ends itself."""
 
@@ -197,5 +219,4 @@ class Lifeline:
         while silent < LIFELINE_SECONDS:
             await asyncio.sleep(LIFELINE_SECONDS - silent)
             silent = time.monotonic() - self._last
-        await asyncio.to_thread(serve.delete, self._app, False)
-        ray.actor.exit_actor()
+        await asyncio.to_thread(_delete, self._app, True)

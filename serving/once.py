@@ -59,19 +59,20 @@ def _wait(coroutine: Any) -> Any:
     return asyncio.run_coroutine_threadsafe(coroutine, _loop()).result()
 
 
-_engines: dict[EngineConfig, VllmEngine] = {}
+_engines: dict[str, VllmEngine] = {}
+"""By their configuration's fingerprint; one at most."""
 
 
 def _engine(config: EngineConfig) -> VllmEngine:
-    for other in [c for c in _engines if c != config]:
-        _wait(_engines.pop(other).shutdown())
-    if config not in _engines:
-        _engines[config] = _wait(VllmEngine.start(config))
-        atexit.register(_close, config)
-    return _engines[config]
+    key = config.fingerprint
+    if key not in _engines:
+        close()
+        _engines[key] = _wait(VllmEngine.start(config))
+    return _engines[key]
 
 
-def _close(config: EngineConfig) -> None:
-    engine = _engines.pop(config, None)
-    if engine is not None:
-        _wait(engine.shutdown())
+@atexit.register
+def close() -> None:
+    """End the engine that ``infill`` keeps, if there is one."""
+    while _engines:
+        _wait(_engines.popitem()[1].shutdown())

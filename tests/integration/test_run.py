@@ -1,6 +1,7 @@
 """``spanfill run`` on real Ray Serve, with engines that cost nothing: what goes in, what comes out, what is refused."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import JobSpec, run_job
-from serving.errors import TooManyErrorsError
+from jobs.runner import Watcher
+from serving.errors import InputChangedError, TooManyErrorsError
 from tests.conftest import WriteRows
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("cluster")]
@@ -99,6 +101,78 @@ def test_bad_rows_become_error_rows_and_spare_the_rest(tmp_path: Path, checkpoin
     assert "not UTF-8 at byte 4" in errors[1]["error_message"]
     assert errors[1]["prefix"].startswith("bad \ufffd")
     assert manifest["error_codes"] == {"bad_input": 2}
+
+
+def test_a_lone_surrogate_is_a_bad_row(tmp_path: Path, checkpoint: Path) -> None:
+    column = pa.array([b"a", "b\ud800".encode("utf-8", "surrogatepass")], pa.binary())
+    table = pa.table({"prefix": pa.Array.from_buffers(pa.string(), 2, column.buffers())})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    run_job(spec(tmp_path / "rows.parquet", tmp_path / "out", checkpoint, max_error_rate=1.0))
+    assert [row["prefix"] for row in read(tmp_path / "out")] == ["a"]
+    assert "not UTF-8 at byte 1" in read(tmp_path / "out", "errors")[0]["error_message"]
+
+
+def test_a_damaged_page_stops_the_job_and_names_file_and_rows(
+    write_rows: WriteRows, tmp_path: Path, checkpoint: Path
+) -> None:
+    source = tmp_path / "rows.parquet"
+    texts = [random.Random(i).randbytes(300).hex() for i in range(2_000)]
+    pq.write_table(pa.table({"prefix": texts}), source, row_group_size=500, use_dictionary=False)
+    place = pq.read_metadata(source).row_group(3).column(0).data_page_offset
+    whole = source.read_bytes()
+    source.write_bytes(whole[: place + 40] + bytes(4_000) + whole[place + 4_040 :])
+    job = spec(source, tmp_path / "out", checkpoint, rows_per_part=500)
+    with pytest.raises(InputChangedError, match=r"rows\.parquet, rows 1500 to 2000 \(row group 3\)") as told:
+        run_job(job)
+    assert "ray::" not in str(told.value)
+    assert told.value.exit_code == 1
+    source.write_bytes(whole)
+    assert run_job(job)["rows"] == 2_000
+
+
+def test_a_full_disk_stops_the_job_and_room_lets_it_resume(tmp_path: Path, checkpoint: Path) -> None:
+    """A file system of 3 MB in a mount namespace of the command's own; the second run finds a larger one."""
+    texts = [random.Random(i).randbytes(2_000).hex() for i in range(2_000)]
+    pq.write_table(pa.table({"prefix": texts}), tmp_path / "rows.parquet")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run = f"{sys.executable} -m jobs.cli run --input {tmp_path}/rows.parquet --output {disk}/out --model {checkpoint}"
+    run += " --engine instant --max-tokens 4 --rows-per-part 500"
+    script = f"mount -t tmpfs -o size=3m disk {disk}; {run}; echo first $?; find {disk}/out/data;"
+    script += f"mount -o remount,size=30m {disk}; {run}; echo second $?"
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--user", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "unshare" in done.stderr or "permission denied" in done.stderr:
+        pytest.skip(f"no mount namespaces here: {done.stderr}")
+    told = " ".join(done.stderr.split())
+    assert "No space left on device" in told
+    assert "Traceback" not in told
+    assert "ray::" not in told
+    assert done.stdout.splitlines()[0] == "first 1", done.stdout
+    assert "data/part-0000" in done.stdout
+    assert "resuming" in told
+    assert done.stdout.splitlines()[-1] == "second 0", told
+
+
+def test_repeated_ids_and_foreign_files_are_told_once(write_rows: WriteRows, tmp_path: Path, checkpoint: Path) -> None:
+    class Listener(Watcher):
+        def __init__(self) -> None:
+            self.heard: list[str] = []
+
+        def say(self, message: str) -> None:
+            self.heard.append(message)
+
+    write_rows("in/a.parquet", prefix=["a", "b", "c", "d"], id=[7, 7, 7, 8])
+    (tmp_path / "in" / "notes.txt").write_text("not Parquet")
+    listener = Listener()
+    manifest = run_job(spec(tmp_path / "in", tmp_path / "out", checkpoint), watcher=listener)
+    assert (manifest["rows"], manifest["errors"]) == (4, 0)
+    assert len([line for line in listener.heard if "2 rows repeat an id" in line]) == 1
+    assert len([line for line in listener.heard if "notes.txt" in line]) == 1
 
 
 def test_too_many_error_rows_stop_the_job(tmp_path: Path, checkpoint: Path) -> None:

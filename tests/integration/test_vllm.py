@@ -190,4 +190,4 @@ def test_one_infill_from_python_keeps_its_engine(checkpoint: Path) -> None:
     assert first == second
     assert next(iter(once._engines.values())) is engine
     assert first.finish_reason in ("eom", "eos", "length")
-    once._close(next(iter(once._engines)))
+    once.close()

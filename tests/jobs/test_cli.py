@@ -171,6 +171,22 @@ def test_explain_shows_the_exact_prompt(spanfill: Command, write_rows: WriteRows
     assert (beyond.code, "has 2 rows, no row 2" in beyond.stderr) == (USAGE, True)
 
 
+def test_an_empty_role_leaves_the_column_out(spanfill: Command, write_rows: WriteRows, checkpoint: Path) -> None:
+    rows = write_rows(prefix=["x = "], suffix=["y"])
+    done = spanfill("explain", "--input", rows, "--model", checkpoint, "--column", "suffix=", "--json")
+    assert json.loads(done.stdout)["prompt"] == "x = "
+
+
+@pytest.mark.parametrize("command", ["explain", "infill"])
+def test_an_unknown_format_is_named_by_every_command(
+    spanfill: Command, write_rows: WriteRows, tmp_path: Path, checkpoint: Path, command: str
+) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    where = ["--input", write_rows(prefix=["a"])] if command == "explain" else [f"{tmp_path / 'a.py'}:1:2"]
+    done = spanfill(command, *where, "--model", checkpoint, "--format", "morse")
+    assert (done.code, "format morse is unknown" in done.stderr) == (USAGE, True), done.stderr
+
+
 def test_explain_names_a_null_prefix(spanfill: Command, tmp_path: Path, checkpoint: Path) -> None:
     rows = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prefix": pa.array([None], pa.string())}), rows)

@@ -1,0 +1,121 @@
+"""Jobs on a Ray cluster of two nodes: replicas on both, a fleet that stays, a driver that dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from ray.cluster_utils import Cluster
+
+from serving.fleet import LIFELINE_SECONDS, PRIVATE_PREFIX
+from tests.conftest import WriteRows
+
+pytestmark = pytest.mark.engine
+ROOT = Path(__file__).parents[2]
+Ask = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Two nodes of one core each."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    yield nodes.address
+    nodes.shutdown()
+
+
+@pytest.fixture
+def ask(address: str) -> Ask:
+    """Evaluate an expression in a process that is in the cluster."""
+
+    def evaluate(expression: str) -> Any:
+        script = (
+            f"import json, ray, serving.fleet as f\nfrom ray import serve\nray.init({address!r}, log_to_driver=False)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script + f"print(json.dumps({expression}))"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return evaluate
+
+
+def start(address: str, source: Path, output: Path, *options: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "jobs.cli", "run", "--input", source, "--output", output, "--json", *options]
+    environment = os.environ | {"RAY_ADDRESS": address}
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(1)
+
+
+def test_replicas_are_placed_on_both_nodes(
+    address: str, ask: Ask, write_rows: WriteRows, tmp_path: Path, safe_checkpoint: Path
+) -> None:
+    source = write_rows(prefix=[f"def f{i}(x):\n    " for i in range(200)], id=list(range(200)))
+    options = ["--model", safe_checkpoint, "--replicas", 2, "--max-tokens", 8, "--batch-rows", 8]
+    job = start(address, source, tmp_path / "out", *options)
+    stdout, stderr = job.communicate(timeout=400)
+    assert job.returncode == 0, stderr
+    manifest = json.loads(stdout)
+    assert (manifest["rows"], manifest["errors"], len(manifest["replicas"])) == (200, 0, 2)
+    groups = ask("list(ray.util.placement_group_table().values())")
+    hosts = {node for g in groups if PRIVATE_PREFIX in g["name"] for node in g["bundles_to_node_id"].values()}
+    assert len(hosts) == 2, groups
+
+
+def test_an_application_outlives_its_killed_driver_by_less_than_a_minute(
+    address: str, ask: Ask, write_rows: WriteRows, tmp_path: Path, safe_checkpoint: Path
+) -> None:
+    source = write_rows(prefix=[f"row {i}" for i in range(200_000)])
+    job = start(address, source, tmp_path / "out", "--model", safe_checkpoint, "--engine", "instant")
+    until(lambda: job.poll() is not None or bool(list((tmp_path / "out").glob("data/*"))), 120)
+    assert job.poll() is None, job.communicate()
+    applications = "[n for n, a in serve.status().applications.items() if a.status == 'RUNNING']"
+    assert [name.startswith(PRIVATE_PREFIX) for name in ask(applications)] == [True]
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    until(lambda: ask(applications) == [], LIFELINE_SECONDS + 15)
+
+
+def test_a_job_joins_the_fleet_of_serve_yaml(address: str, ask: Ask, write_rows: WriteRows, tmp_path: Path) -> None:
+    environment = os.environ | {"RAY_ADDRESS": address}
+    serve = Path(sys.executable).with_name("serve")
+    with (tmp_path / "serve.log").open("w") as log:
+        fleet = subprocess.Popen(
+            [serve, "run", "--address", address, str(ROOT / "deploy" / "serve.yaml")],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            cwd=ROOT,
+        )
+    try:
+        running = "serve.status().applications.get('spanfill') and serve.status().applications['spanfill'].status"
+        until(lambda: fleet.poll() is not None or ask(running) == "RUNNING", 200)
+        assert fleet.poll() is None, (tmp_path / "serve.log").read_text()
+        source = write_rows(prefix=["import o"] * 20, suffix=["\n"] * 20)
+        job = start(address, source, tmp_path / "out", "--max-tokens", 8)
+        stdout, stderr = job.communicate(timeout=200)
+        assert job.returncode == 0, stderr
+        assert "joined the running application spanfill" in stderr
+        assert json.loads(stdout)["rows"] == pq.read_table(tmp_path / "out" / "data").num_rows == 20
+        assert ask(running) == "RUNNING"
+    finally:
+        fleet.send_signal(signal.SIGINT)
+        fleet.wait(60)
