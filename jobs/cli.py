@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ app.add_typer(bench, name="bench")
 
 EXIT_ERROR_ROWS = 3
 EXIT_INTERRUPTED = 130
+DEMO_INFILLS = 5
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress goes to stderr.")]
 ModelName = Annotated[str, typer.Option(help="A known name (see `spanfill models`), a folder or a hub id.")]
@@ -126,7 +128,8 @@ def run(
         keep_columns=_names(keep_columns),
     )
     spec = parse_spec({**(read_yaml(job) if job else {}), **given})
-    with Display() as display:
+    # Ray prints some of its messages to stdout, which belongs to the manifest.
+    with redirect_stdout(sys.stderr), Display() as display:
         notice(spec.model, display.console, engine=spec.engine)
         manifest = run_job(spec, watcher=display)
     if json_:
@@ -152,7 +155,7 @@ def notice(model: str, console: Console, *, engine: str) -> None:
         known = KNOWN_MODELS[model]
         for text in (known.notice, download_notice(resolve_model(model))):
             if text:
-                console.print(f"[yellow]{escape(text)}[/]", highlight=False)
+                console.print(f"[yellow]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
 
 def summary(manifest: dict[str, Any], output: str) -> None:
@@ -216,6 +219,7 @@ def infill(
     from serving import infill as infill_once
 
     prefix, suffix = split_at(cursor)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     notice(model, Console(stderr=True), engine="vllm")
     answer = infill_once(prefix, suffix, model=model, format=format, max_tokens=max_tokens, temperature=temperature)
     if json_:
@@ -305,8 +309,9 @@ def demo(
         manifest = run_job(spec, watcher=display)
     console = Console()
     console.print(table(manifest, output))
-    for panel in panels(output, limit=5):
-        console.print(panel)
+    for number in range(min(DEMO_INFILLS, manifest["rows"])):
+        for panel in panels(output, row=number * manifest["rows"] // DEMO_INFILLS):
+            console.print(panel)
 
 
 @bench.command(name="feed", epilog="Example: spanfill bench feed --rows 50000 --json")
@@ -320,7 +325,8 @@ def bench_feed(
     """Rows a second of everything but the model: Parquet, tokenizer, order, Ray Serve, Parquet (instant engine)."""
     from jobs.bench import feed
 
-    result = feed(rows=rows, row_bytes=row_bytes, replicas=replicas, feeders=feeders)
+    with redirect_stdout(sys.stderr):
+        result = feed(rows=rows, row_bytes=row_bytes, replicas=replicas, feeders=feeders)
     if json_:
         print(json.dumps(result))
     else:

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.store import Location, delete, exists, publish_bytes
 from serving.config import EngineConfig
 from serving.engine import installed_version
-from serving.errors import OutputError, SpanfillError, StorageError, UsageError, VersionError
+from serving.errors import OutputError, StorageError, UsageError, VersionError
 
 PACKAGES = ("spanfill", "vllm", "torch", "ray", "pyarrow", "tiktoken")
 
@@ -38,7 +38,6 @@ def check_cluster(engine: EngineConfig, inputs: Sequence[Location], output: Loca
     probe = output.join("_spanfill", f".probe-{uuid.uuid4().hex[:8]}")
     publish_bytes(probe, b"")
     model = engine.model if engine.kind == "vllm" and engine.model.startswith("/") else None
-    here = versions()
     nodes = [node for node in ray.nodes() if node["Alive"]]
     try:
         answers = [
@@ -48,27 +47,26 @@ def check_cluster(engine: EngineConfig, inputs: Sequence[Location], output: Loca
             for node in nodes
         ]
         for node, answer in zip(nodes, ray.get(answers, timeout=120), strict=True):
-            problem = _problem(node["NodeManagerHostname"], answer, here, engine)
-            if problem is not None:
-                raise problem
+            judge(node["NodeManagerHostname"], answer, engine)
     finally:
         delete(probe)
 
 
-def _problem(host: str, seen: dict[str, Any], here: dict[str, str], engine: EngineConfig) -> SpanfillError | None:
+def judge(host: str, seen: dict[str, Any], engine: EngineConfig) -> None:
+    """Compare what ``look`` saw on a node with this process; raises as ``check_cluster`` does."""
+    here = versions()
     different = [n for n, v in here.items() if v and seen["versions"].get(n) not in (v, "")]
     if different:
         pairs = ", ".join(f"{name} {seen['versions'][name]} (here {here[name]})" for name in different)
-        return VersionError(f"node {host} runs {pairs}.", remedy="Install the same lock on every node.")
+        raise VersionError(f"node {host} runs {pairs}.", remedy="Install the same lock on every node.")
     if seen["model_missing"]:
-        return UsageError(
+        raise UsageError(
             f"node {host} does not see the model {engine.model}.", remedy="Put it on a shared path or a hub."
         )
     if seen["missing"]:
-        return UsageError(
+        raise UsageError(
             f"node {host} does not reach {', '.join(seen['missing'])}.", remedy="Use a shared path or a URI."
         )
-    return None
 
 
 @contextmanager

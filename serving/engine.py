@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import difflib
+import gc
 import importlib.metadata
 import importlib.util
 import itertools
@@ -14,7 +15,7 @@ from typing import Any
 
 from serving.config import EngineConfig
 from serving.cores import available_cores
-from serving.errors import ConfigError, EngineDeadError
+from serving.errors import ConfigError, EngineDeadError, EngineError
 from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
 
 OWN_ARGUMENTS = {
@@ -90,7 +91,7 @@ class VllmEngine:
         """Load the model; takes tens of seconds.
 
         ``cores`` are bound to the engine on a CPU (all that the process may use when empty). Raises ``ConfigError`` for
-        engine arguments that vLLM refuses.
+        engine arguments that vLLM refuses and ``EngineError`` when it does not start.
         """
         check_engine_args(config.engine_args)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -110,7 +111,10 @@ class VllmEngine:
                 f"vLLM refuses its configuration: {error}", remedy="Change the engine arguments."
             ) from error
         counters = _Counters()
-        llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[counters.logger])
+        try:
+            llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[counters.logger])
+        except (RuntimeError, ValueError, OSError) as error:
+            raise EngineError(f"vLLM did not start: {error}", remedy="Its own messages above say why.") from error
         cache_config = vllm_config.cache_config
         info = EngineInfo(
             kind="vllm",
@@ -124,7 +128,9 @@ class VllmEngine:
             cores=bound if on_cpu else (),
             versions={name: installed_version(name) for name in ("vllm", "torch", "ray", "spanfill")},
         )
-        return cls(llm, info, counters)
+        engine = cls(llm, info, counters)
+        del llm  # An import's traceback may keep this frame, and the finaliser must not wait for it: see shutdown.
+        return engine
 
     @property
     def info(self) -> EngineInfo:
@@ -188,8 +194,14 @@ class VllmEngine:
             raise EngineDeadError("the vLLM engine core has died.", remedy="Its replica is started again.")
 
     async def shutdown(self) -> None:
-        """End the engine core and its workers."""
-        self._llm.shutdown()
+        """End the engine core and its workers; the engine answers nothing after."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.shutdown()
+            # Its finaliser fails when it runs as late as the interpreter's end: let the task that holds it end now.
+            await asyncio.sleep(0)
+            del llm
+            gc.collect()
 
 
 def _core_binding(cores: tuple[int, ...], ranks: int) -> str:

@@ -22,6 +22,7 @@ from serving.protocol import EngineInfo, EngineStats
 PRIVATE_PREFIX = "spanfill-run-"
 """Applications of this name belong to one job and are never joined by another."""
 
+NAMESPACE = "spanfill"
 LIFELINE_SECONDS = 45.0
 """Without a heartbeat for this long, a job's own application is deleted."""
 
@@ -107,7 +108,9 @@ def join_or_start(
     replica = place(replica, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     name = f"{PRIVATE_PREFIX}{uuid.uuid4().hex[:8]}"
     if not embedded:
-        ray.remote(Lifeline).options(name=_lifeline_name(name), lifetime="detached", num_cpus=0).remote(name)
+        ray.remote(Lifeline).options(
+            name=_lifeline_name(name), namespace=NAMESPACE, lifetime="detached", num_cpus=0
+        ).remote(name)
     target = serve.RunTarget(target=build(engine, replica), name=name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
@@ -192,7 +195,7 @@ def _lifeline_name(app: str) -> str:
 
 
 def _lifeline(app: str) -> ActorHandle:
-    return ray.get_actor(_lifeline_name(app))
+    return ray.get_actor(_lifeline_name(app), NAMESPACE)
 
 
 def _delete(app: str, guarded: bool) -> None:

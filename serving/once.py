@@ -2,8 +2,12 @@
 
 import asyncio
 import atexit
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 from serving.config import EngineConfig
@@ -67,11 +71,24 @@ def _engine(config: EngineConfig) -> VllmEngine:
     key = config.fingerprint
     if key not in _engines:
         close()
-        _engines[key] = _wait(VllmEngine.start(config))
+        with _no_main_module():
+            _engines[key] = _wait(VllmEngine.start(config))
+        # After vLLM registered its own: what is registered last runs first, and finds the engine's process alive.
+        atexit.register(close)
     return _engines[key]
 
 
-@atexit.register
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Keep the engine's process, which multiprocessing spawns, from running the caller's script again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def close() -> None:
     """End the engine that ``infill`` keeps, if there is one."""
     while _engines:

@@ -298,9 +298,23 @@ def export(folder: Path, output: Path) -> None:
     model.config.eos_token_id = TOKENIZER.special_id("<|endoftext|>")
     model.generation_config.eos_token_id = model.config.eos_token_id
     model.to(torch.bfloat16).save_pretrained(output)
-    (output / "training.json").write_text(
-        json.dumps({"step": state["step"], "hours": state["elapsed"] / 3600, "curve": state["curve"]})
-    )
+    facts = {"steps": state["step"], "tokens": state["step"] * BATCH * CONTEXT, "cpu_hours": state["elapsed"] / 3600}
+    (output / "training.json").write_text(json.dumps(facts | {"curve": state["curve"]}))
+    draw_curve(state["curve"], output / "loss.svg")
+
+
+def draw_curve(curve: list[tuple[int, int, float, float]], file: Path) -> None:
+    """The loss over the steps, as a small picture."""
+    from matplotlib.figure import Figure
+
+    steps, _, every, middles = zip(*curve, strict=True)
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, every, label="asked tokens")
+    axes.plot(steps, middles, label="middles and <eom>")
+    axes.set(xlabel="step", ylabel="cross-entropy (nats a token)", ylim=(2, 6))
+    axes.legend()
+    figure.savefig(file)
 
 
 def main() -> None:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -270,3 +272,23 @@ def test_error_rows_give_exit_code_3(tmp_path: Path, checkpoint: Path) -> None:
     assert done.returncode == 3, done.stderr
     assert "every infill is noise" in done.stderr
     assert "bad_input: 1" in done.stderr
+
+
+def test_memory_of_the_runner_is_flat(write_rows: WriteRows, tmp_path: Path, checkpoint: Path) -> None:
+    """Ten times the rows must not need more memory; a tenth is allowed for what the allocator does."""
+    text = "x = 1  # a line of ordinary length\n" * 40
+    source = write_rows(prefix=[f"# {i}\n{text}" for i in range(20_000)])
+    peaks = {}
+    for rows in (2_000, 20_000):
+        command = [sys.executable, "-m", "jobs.cli", "run", "--input", source, "--output", tmp_path / str(rows)]
+        command += ["--model", checkpoint, "--engine", "instant", "--max-tokens", "8", "--limit", rows]
+        with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE) as process:
+            peak = 0
+            while process.poll() is None:
+                with suppress(psutil.NoSuchProcess):
+                    peak = max(peak, psutil.Process(process.pid).memory_info().rss)
+                time.sleep(0.05)
+        assert process.returncode == 0
+        peaks[rows] = peak
+    assert max(peaks.values()) < 1 << 30
+    assert peaks[20_000] < 1.1 * peaks[2_000], peaks
