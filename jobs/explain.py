@@ -6,10 +6,10 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from jobs.job import feeder_config, prepare_job
 from jobs.plan import Unit
 from jobs.reader import UnitReader
 from jobs.rows import row_prompts
-from jobs.runner import feeder_config, prepare_job
 from jobs.spec import parse_spec
 from serving.errors import InputError
 from serving.formats import Format, load_format

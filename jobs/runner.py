@@ -1,37 +1,26 @@
 """The visible loop: plan, start, feed, watch, commit."""
 
 import math
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from types import FrameType
 from typing import Any
 
 import ray
 
-from jobs.feeder import Feeder, FeederConfig
-from jobs.ledger import FORMAT_VERSION, Ledger, Tally
+from jobs.feeder import Feeder
+from jobs.job import Job, feeder_config, prepare_job, provenance
+from jobs.ledger import Ledger, Tally
 from jobs.plan import InputFile, Unit, plan_units
-from jobs.preflight import check_cluster, versions, writing_is_possible
-from jobs.reader import ERROR_COLUMNS, OUTPUT_COLUMNS, InputSet, check_columns, find_input
-from jobs.spec import ROLES, JobSpec, fingerprint
-from jobs.store import Location, locate
+from jobs.preflight import check_cluster, writing_is_possible
+from jobs.signals import Signals, interruptible
+from jobs.spec import JobSpec
+from jobs.store import Location
 from serving import fleet
 from serving.app import DEPLOYMENT
-from serving.config import EngineConfig, ReplicaConfig
-from serving.engine import check_engine_args
-from serving.errors import (
-    InterruptedJobError,
-    SpanfillError,
-    TerminatedJobError,
-    TooManyErrorsError,
-)
-from serving.formats import load_format
-from serving.models import Model, resolve_model
+from serving.config import ReplicaConfig
+from serving.errors import SpanfillError, TooManyErrorsError
 
 UNITS_AHEAD = 3
 """Units that a feeder has under way: while one drains, the next is read and tokenised."""
@@ -65,63 +54,6 @@ class Watcher:
         """Called several times a second."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """A job made ready: everything resolved and checked, nothing started."""
-
-    spec: JobSpec
-    model: Model
-    engine: EngineConfig
-    inputs: InputSet
-    output: Location
-    format_name: str
-    identity: dict[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """What names the job's parts."""
-        return fingerprint(self.identity)
-
-    @property
-    def total_rows(self) -> int:
-        """Rows to do."""
-        return min(self.inputs.rows, self.spec.limit or self.inputs.rows)
-
-
-def prepare_job(spec: JobSpec) -> Job:
-    """Resolve and check a job; raises a ``UsageError`` for everything that is wrong before anything is started."""
-    model = resolve_model(spec.model, format=spec.format, revision=spec.revision)
-    check_engine_args(spec.engine_args)
-    engine = engine_config(spec, model)
-    fmt = load_format(model.format, tokenizer_of=spec.model)
-    fmt.check_budget(spec.max_tokens, engine.max_model_len)
-    inputs = find_input(spec.input)
-    if spec.column("suffix") in inputs.schema.names:
-        fmt.check_infill()
-    named = [role for role in ROLES if spec.columns.get(role)]
-    kept = spec.keep_columns if spec.keep_columns is not None else inputs.schema.names
-    added = [*OUTPUT_COLUMNS, *spec.extra_columns, *ERROR_COLUMNS]
-    check_columns(inputs.schema, roles={r: spec.column(r) for r in ROLES}, named=named, kept=kept, added=added)
-    files = [{"name": f.name, "rows": f.rows, "size": f.size, "footer": f.digest} for f in inputs.files]
-    identity = spec.infill_identity(engine, files)
-    return Job(spec, model, engine, inputs, locate(spec.output), model.format, identity)
-
-
-def engine_config(spec: JobSpec, model: Model) -> EngineConfig:
-    """The engine that a job asks for."""
-    return EngineConfig.parse(
-        {
-            "kind": spec.engine,
-            "model": str(model.path or model.hub_id),
-            "revision": model.revision,
-            "dtype": spec.dtype or model.dtype,
-            "max_model_len": spec.max_model_len or model.context,
-            "tensor_parallel_size": spec.tensor_parallel_size,
-            "engine_args": spec.engine_args,
-        }
-    )
-
-
 def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
     """Run a job to its end, or go on with an interrupted one; returns the manifest.
 
@@ -146,7 +78,7 @@ def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
         watcher.say(f"resuming: {len(done)} of {len(units)} parts are done")
     started = time.monotonic()
     if left:
-        with _interruptible() as signals:
+        with interruptible() as signals:
             _feed(job, ledger, left, progress, watcher, signals)
     manifest = _commit(job, ledger, units, time.monotonic() - started, progress)
     if repeated := manifest["tally"]["repeated_ids"]:
@@ -159,9 +91,7 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _feed(
-    job: Job, ledger: Ledger, left: deque[Unit], progress: Progress, watcher: Watcher, signals: "Signals"
-) -> None:
+def _feed(job: Job, ledger: Ledger, left: deque[Unit], progress: Progress, watcher: Watcher, signals: Signals) -> None:
     spec = job.spec
     with fleet.connected() as embedded:
         feeders = _start_feeders(job)
@@ -186,51 +116,6 @@ def _start_feeders(job: Job) -> list[Any]:
     return [actor.remote(config) for _ in range(job.spec.feeders)]
 
 
-def feeder_config(job: Job) -> FeederConfig:
-    """What the job's feeders are told."""
-    spec = job.spec
-    kept = [n for n in job.inputs.schema.names if spec.keep_columns is None or n in spec.keep_columns]
-    roles = [spec.column(role) for role in ROLES]
-    columns = [name for name in job.inputs.schema.names if name in kept or name in roles]
-    schema = job.inputs.schema.remove_metadata()
-    return FeederConfig(
-        spec=spec,
-        input=job.inputs.root,
-        output=job.output,
-        fingerprint=job.fingerprint,
-        format=job.format_name,
-        tokenizer=spec.model,
-        max_model_len=job.engine.max_model_len,
-        schema=_select(schema, columns),
-        kept=tuple(kept),
-        metadata=provenance(job),
-    )
-
-
-def _select(schema: Any, names: list[str]) -> Any:
-    import pyarrow as pa
-
-    return pa.schema([schema.field(name) for name in names])
-
-
-def provenance(job: Job) -> dict[str, Any]:
-    """What each part and the manifest say of where the infills come from."""
-    model = job.model
-    return {
-        "format_version": FORMAT_VERSION,
-        "engine": job.engine.kind,
-        "model": job.spec.model,
-        "model_source": job.engine.model if model.path is None else model.name,
-        "revision": job.engine.revision,
-        "format": job.format_name,
-        "licence": model.licence,
-        "notice": model.notice,
-        "citation": model.citation,
-        "versions": versions(),
-        "job": job.fingerprint,
-    } | ({} if job.engine.kind == "vllm" else {"simulated": "no model computed these rows; their text is noise"})
-
-
 def _attach(feeders: list[Any], service: fleet.Fleet, spec: JobSpec) -> None:
     """Let the feeders call; together they keep ``ROWS_AHEAD`` times what the engines' batches hold in flight."""
     calls = max(3, math.ceil(ROWS_AHEAD * service.info.max_num_seqs / spec.batch_rows))
@@ -253,7 +138,7 @@ def _watch(
     left: deque[Unit],
     progress: Progress,
     watcher: Watcher,
-    signals: "Signals",
+    signals: Signals,
     service: fleet.Fleet,
 ) -> None:
     started = time.monotonic()
@@ -331,39 +216,3 @@ def _commit(job: Job, ledger: Ledger, units: list[Unit], seconds: float, progres
     }
     ledger.write_manifest(manifest)
     return manifest
-
-
-class Signals:
-    """SIGINT and SIGTERM as something to look at between two steps."""
-
-    def __init__(self) -> None:
-        self._number = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler; a second signal ends the process at once."""
-        if self._number:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._number = number
-
-    def check(self) -> None:
-        """Raise what the signal asks for."""
-        if self._number:
-            kind = TerminatedJobError if self._number == signal.SIGTERM else InterruptedJobError
-            raise kind("interrupted; what is done is kept.", remedy="Run the same command again to resume.")
-
-
-@contextmanager
-def _interruptible() -> Iterator[Signals]:
-    signals = Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    old: dict[int, Callable[..., Any] | int | None] = {
-        n: signal.signal(n, signals) for n in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield signals
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -6,7 +6,7 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from serving.config import EngineConfig, Frozen, ReplicaConfig
+from serving.config import EngineConfig, EngineKind, Frozen, ReplicaConfig
 from serving.engine import check_engine_args, is_gpu_build
 from serving.models import resolve_model
 from serving.replica import Replica
@@ -24,7 +24,7 @@ class AppConfig(Frozen):
     model: str
     revision: str | None = None
     format: str | None = None
-    engine: str = "vllm"
+    engine: EngineKind = "vllm"
     dtype: str | None = None
     max_model_len: int | None = Field(None, gt=0)
     tensor_parallel_size: int = Field(1, ge=1)
@@ -35,16 +35,12 @@ class AppConfig(Frozen):
         """The engine that every replica runs; raises ``ModelError`` or ``ConfigError``."""
         check_engine_args(self.engine_args)
         model = resolve_model(self.model, format=self.format, revision=self.revision)
-        return EngineConfig.parse(
-            {
-                "kind": self.engine,
-                "model": str(model.path or model.hub_id),
-                "revision": model.revision,
-                "dtype": self.dtype or model.dtype,
-                "max_model_len": self.max_model_len or model.context,
-                "tensor_parallel_size": self.tensor_parallel_size,
-                "engine_args": self.engine_args,
-            }
+        return model.engine_config(
+            kind=self.engine,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            tensor_parallel_size=self.tensor_parallel_size,
+            engine_args=self.engine_args,
         )
 
 

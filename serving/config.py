@@ -99,4 +99,3 @@ class ReplicaConfig(Frozen):
     use_gpu: bool = False
     max_ongoing_requests: int = Field(1024, ge=1)
     drain_seconds: float = Field(30.0, ge=0)
-    priority_scheduling: bool = True

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from serving.config import EngineConfig, EngineKind
 from serving.errors import ModelError
 
 CITATION = (
@@ -37,6 +38,28 @@ class Model:
     citation: str | None = None
     download_bytes: int | None = None
     memory_bytes: int | None = None
+
+    def engine_config(
+        self,
+        *,
+        kind: EngineKind = "vllm",
+        dtype: str | None = None,
+        max_model_len: int | None = None,
+        tensor_parallel_size: int = 1,
+        engine_args: dict[str, Any] | None = None,
+    ) -> EngineConfig:
+        """An engine of this model, at its own dtype and context unless told otherwise; raises ``ConfigError``."""
+        return EngineConfig.parse(
+            {
+                "kind": kind,
+                "model": str(self.path or self.hub_id),
+                "revision": self.revision,
+                "dtype": dtype or self.dtype,
+                "max_model_len": max_model_len or self.context,
+                "tensor_parallel_size": tensor_parallel_size,
+                "engine_args": engine_args or {},
+            }
+        )
 
 
 def _codegen25(variant: str, data: str, *, licence: str = "Apache-2.0", notice: str | None = None) -> Model:

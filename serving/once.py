@@ -39,9 +39,7 @@ def infill(
     known = resolve_model(model, format=format)
     fmt = load_format(known.format, tokenizer_of=model)
     prompt = fmt.prompt(prefix, suffix, max_tokens=max_tokens, max_context=known.context)
-    config = EngineConfig(
-        model=str(known.path or known.hub_id), revision=known.revision, dtype=known.dtype, max_model_len=known.context
-    )
+    config = known.engine_config()
     sampling = Sampling(max_tokens, temperature, top_p, prompt.stop_token_ids)
     engine = _engine(config)
     request = Request(0, prompt.token_ids, (seed,))

@@ -1,0 +1,104 @@
+"""A job made ready: model, engine and inputs resolved and checked, and what its feeders and parts are told."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.feeder import FeederConfig
+from jobs.ledger import FORMAT_VERSION
+from jobs.preflight import versions
+from jobs.reader import ERROR_COLUMNS, OUTPUT_COLUMNS, InputSet, check_columns, find_input
+from jobs.spec import ROLES, JobSpec, fingerprint
+from jobs.store import Location, locate
+from serving.config import EngineConfig
+from serving.engine import check_engine_args
+from serving.formats import load_format
+from serving.models import Model, resolve_model
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job made ready: everything resolved and checked, nothing started."""
+
+    spec: JobSpec
+    model: Model
+    engine: EngineConfig
+    inputs: InputSet
+    output: Location
+    format_name: str
+    identity: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """What names the job's parts."""
+        return fingerprint(self.identity)
+
+    @property
+    def total_rows(self) -> int:
+        """Rows to do."""
+        return min(self.inputs.rows, self.spec.limit or self.inputs.rows)
+
+
+def prepare_job(spec: JobSpec) -> Job:
+    """Resolve and check a job; raises a ``UsageError`` for everything that is wrong before anything is started."""
+    model = resolve_model(spec.model, format=spec.format, revision=spec.revision)
+    check_engine_args(spec.engine_args)
+    engine = model.engine_config(
+        kind=spec.engine,
+        dtype=spec.dtype,
+        max_model_len=spec.max_model_len,
+        tensor_parallel_size=spec.tensor_parallel_size,
+        engine_args=spec.engine_args,
+    )
+    fmt = load_format(model.format, tokenizer_of=spec.model)
+    fmt.check_budget(spec.max_tokens, engine.max_model_len)
+    inputs = find_input(spec.input)
+    if spec.column("suffix") in inputs.schema.names:
+        fmt.check_infill()
+    named = [role for role in ROLES if spec.columns.get(role)]
+    kept = spec.keep_columns if spec.keep_columns is not None else inputs.schema.names
+    added = [*OUTPUT_COLUMNS, *spec.extra_columns, *ERROR_COLUMNS]
+    check_columns(inputs.schema, roles={r: spec.column(r) for r in ROLES}, named=named, kept=kept, added=added)
+    files = [{"name": f.name, "rows": f.rows, "size": f.size, "footer": f.digest} for f in inputs.files]
+    identity = spec.infill_identity(engine, files)
+    return Job(spec, model, engine, inputs, locate(spec.output), model.format, identity)
+
+
+def feeder_config(job: Job) -> FeederConfig:
+    """What the job's feeders are told."""
+    spec = job.spec
+    kept = [n for n in job.inputs.schema.names if spec.keep_columns is None or n in spec.keep_columns]
+    roles = [spec.column(role) for role in ROLES]
+    columns = [name for name in job.inputs.schema.names if name in kept or name in roles]
+    schema = job.inputs.schema.remove_metadata()
+    return FeederConfig(
+        spec=spec,
+        input=job.inputs.root,
+        output=job.output,
+        fingerprint=job.fingerprint,
+        format=job.format_name,
+        tokenizer=spec.model,
+        max_model_len=job.engine.max_model_len,
+        schema=pa.schema([schema.field(name) for name in columns]),
+        kept=tuple(kept),
+        metadata=provenance(job),
+    )
+
+
+def provenance(job: Job) -> dict[str, Any]:
+    """What each part and the manifest say of where the infills come from."""
+    model = job.model
+    return {
+        "format_version": FORMAT_VERSION,
+        "engine": job.engine.kind,
+        "model": job.spec.model,
+        "model_source": job.engine.model if model.path is None else model.name,
+        "revision": job.engine.revision,
+        "format": job.format_name,
+        "licence": model.licence,
+        "notice": model.notice,
+        "citation": model.citation,
+        "versions": versions(),
+        "job": job.fingerprint,
+    } | ({} if job.engine.kind == "vllm" else {"simulated": "no model computed these rows; their text is noise"})
