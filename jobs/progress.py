@@ -49,7 +49,7 @@ class Display(Watcher):
     ) -> None:
         if self._live:
             self._live.stop()
-        if kind is None and self.last and self.last.tally.samples and not self._checked:
+        if kind is None and self.last and self.last.tally.samples:
             self.check_quality(self.last)
 
     def say(self, message: str) -> None:

@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class Location:
 
     @property
     def fs(self) -> Any:
-        """The file system, opened anew in each process."""
+        """The file system, opened once in each process."""
         return _open(self.uri)[0]
 
     @property
@@ -46,7 +47,9 @@ def locate(uri: str) -> Location:
     return Location(uri, _open(uri)[1])
 
 
+@lru_cache(maxsize=16)
 def _open(uri: str) -> tuple[Any, str]:
+    """The file system and path of a URI; kept, since opening one may ask the store where its bucket is."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri
     try:
@@ -59,6 +62,10 @@ def _open(uri: str) -> tuple[Any, str]:
         except (ValueError, ImportError) as error:
             raise UsageError(f"{uri}: {error}", remedy="Use a local path or s3://, gs://, hf:// ...") from error
         return pafs.PyFileSystem(pafs.FSSpecHandler(other)), path
+    except OSError as error:
+        raise UsageError(
+            f"{uri} cannot be reached: {str(error).rstrip('.')}.", remedy="Check the address and your credentials."
+        ) from error
     return fs, path
 
 

@@ -220,7 +220,7 @@ def _hugging_face(source: str, revision: str | None) -> "HuggingFaceTokenizer":
 def _no_tokenizer(source: str, reason: str) -> ModelError:
     own = _looks_like_codegen25(source)
     remedy = "It has CodeGen2.5's vocabulary: add --format codegen25." if own else "Put tokenizer.json in the folder."
-    return ModelError(f"{source} has no tokenizer that loads: {reason}.", remedy=remedy)
+    return ModelError(f"{source} has no tokenizer that loads: {reason.rstrip('.')}.", remedy=remedy)
 
 
 def _looks_like_codegen25(source: str) -> bool:
