@@ -87,7 +87,9 @@ def run(
     n: Annotated[int | None, typer.Option(help="Samples a row [default: 1].")] = None,
     seed: Annotated[int | None, typer.Option(help="The job's seed [default: 0].")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Cut the infill at this text; repeatable.")] = None,
-    trim: Annotated[list[str] | None, typer.Option(help="A named trimming of the infill; repeatable.")] = None,
+    trim: Annotated[
+        list[str] | None, typer.Option(help="suffix-overlap, suffix-echo, next-line, repeated-lines; repeatable.")
+    ] = None,
     prefix_align: Annotated[
         int | None, typer.Option(help="Start a cut prefix at a multiple of this many tokens.")
     ] = None,

@@ -13,7 +13,7 @@ from jobs.spec import JobSpec
 from serving.errors import InputError, SpanfillError
 from serving.formats import Format, Prompt
 from serving.protocol import Result
-from serving.trimming import TRIMMINGS
+from serving.trimming import OVERLAPS, TRIMMINGS
 
 
 @dataclass(slots=True)
@@ -116,7 +116,10 @@ def output_columns(
 
 def _finish(spec: JobSpec, fmt: Format, sample: Sample, prefix: str, suffix: str | None) -> tuple[str, str]:
     infill = fmt.infill(sample.token_ids, stop_token_id=sample.stop_token_id, stop=spec.stop)
-    text = infill.text
+    text, reason = infill.text, infill.finish_reason
     for name in spec.trim:
-        text = TRIMMINGS[name](text, prefix, suffix or "")
-    return text, infill.finish_reason
+        trimmed = TRIMMINGS[name](text, prefix, suffix or "")
+        if name in OVERLAPS and trimmed != text:
+            reason = "overlap"
+        text = trimmed
+    return text, reason

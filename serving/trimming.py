@@ -49,3 +49,6 @@ TRIMMINGS: dict[str, Trimming] = {
     "next-line": next_line,
     "repeated-lines": repeated_lines,
 }
+
+OVERLAPS = ("suffix-overlap", "suffix-echo", "next-line")
+"""The trimmings that cut what the suffix says again; where one cut, the infill's finish reason is ``overlap``."""

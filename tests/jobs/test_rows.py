@@ -1,0 +1,77 @@
+"""From a row to its seeds, and from an engine's answer to the columns of the output."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.ledger import Sample, Tally
+from jobs.rows import PromptFacts, output_columns, row_seeds, to_samples
+from jobs.spec import JobSpec
+from serving.formats import load_format
+from serving.protocol import Completion, Result
+
+FORMAT = load_format("codegen25")
+EOM = FORMAT.tokenizer.special_id("<eom>")
+SUFFIX = "\n    return total\n"
+
+
+def spec(**options: object) -> JobSpec:
+    return JobSpec.parse({"input": "in", "output": "out", **options})
+
+
+def columns(text: str, stop_token_id: int | None = EOM, **options: Any) -> dict[str, list[object]]:
+    sample = Sample(5, 0, FORMAT.tokenizer.encode(text), stop_token_id, -0.5)
+    facts = PromptFacts(7, 3, 4, False)
+    found = output_columns(spec(**options), FORMAT, [facts], [("x", SUFFIX)], [sample], "a.parquet", Tally())
+    return {name: column.to_pylist() for name, column in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "infill", "reason"),
+    [
+        ("total += x", {}, "total += x", "eom"),
+        ("total += x", {"stop": [" +="]}, "total", "stop"),
+        ("total += x" + SUFFIX, {"trim": ["suffix-overlap"]}, "total += x", "overlap"),
+        ("total += x" + SUFFIX, {}, "total += x" + SUFFIX, "eom"),
+        ("total += x", {"trim": ["suffix-overlap", "suffix-echo", "next-line"]}, "total += x", "eom"),
+        ("a\na\na\na\n", {"trim": ["repeated-lines"]}, "a\n", "eom"),
+    ],
+)
+def test_the_infill_is_cut_and_says_why_it_ended(text: str, options: dict[str, Any], infill: str, reason: str) -> None:
+    found = columns(text, **options)
+    assert (found["infill"], found["finish_reason"]) == ([infill], [reason])
+
+
+def test_extra_columns_come_when_asked_for_and_only_then() -> None:
+    assert "token_ids" not in columns("x")
+    found = columns("x", extra_columns=["mean_logprob", "token_ids", "source_file", "source_row"])
+    assert found["mean_logprob"] == [-0.5]
+    assert found["token_ids"] == [FORMAT.tokenizer.encode("x")]
+    assert (found["source_file"], found["source_row"]) == (["a.parquet"], [5])
+
+
+def test_an_end_by_length_or_by_another_control_token_is_told_apart() -> None:
+    assert columns("x", stop_token_id=None)["finish_reason"] == ["length"]
+    assert columns("x", stop_token_id=FORMAT.tokenizer.special_id("<|endoftext|>"))["finish_reason"] == ["eos"]
+
+
+def test_an_engines_error_is_one_sample_and_logprobs_are_averaged() -> None:
+    (failed,) = to_samples(Result(3, error_code="engine_error", error_message="boom"), 9, attempts=2)
+    assert (failed.row, failed.error_code, failed.error_message, failed.attempts) == (9, "engine_error", "boom", 2)
+    done = Result(3, (Completion([1, 2], "stop", EOM, [-1.0, -3.0]), Completion([1], "length")))
+    samples = to_samples(done, 9, attempts=1)
+    assert [(s.sample, s.mean_logprob) for s in samples] == [(0, -2.0), (1, None)]
+
+
+@given(st.text(max_size=20), st.text(max_size=20), st.integers(0, 2**62), st.integers(1, 5))
+def test_seeds_depend_on_job_id_and_sample_and_on_nothing_else(one: str, other: str, seed: int, n: int) -> None:
+    job = spec(temperature=0.5, n=n, seed=seed)
+    seeds = row_seeds(job, one, 1)
+    assert len(set(seeds)) == n
+    assert all(0 <= s < 2**63 for s in seeds)
+    assert seeds == row_seeds(spec(temperature=0.9, n=n, seed=seed, input="elsewhere"), one, 2)
+    if one != other:
+        assert not set(seeds) & set(row_seeds(job, other, 1))
+    assert not set(seeds) & set(row_seeds(spec(temperature=0.5, n=n, seed=seed + 1), one, 1))
