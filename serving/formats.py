@@ -177,6 +177,8 @@ class Format:
         self.stop_token_ids = tuple(dict.fromkeys([self._end, *self._known_stops()]))
         self._head = [tokenizer.bos_id] if spec.bos and tokenizer.bos_id is not None else []
         self._marker = tokenizer.encode(MARKER) if spec.sentencepiece else []
+        begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        self._empty = [begin] if begin is not None else [self._end]
 
     def _resolve(self, token: str) -> int:
         if self.spec.sentencepiece:
@@ -229,6 +231,7 @@ class Format:
     ) -> Prompt:
         """The prompt of one row; ``suffix`` None is a causal completion, an empty one an infill at the text's end.
 
+        A causal prompt of an empty prefix is the token that begins a document: BOS, else EOS (``<|endoftext|>``).
         Lengths are in tokens; ``max_context`` None never cuts. Raises ``ConfigError`` when there is no room and
         ``InputError`` for text that is not valid Unicode.
         """
@@ -314,7 +317,7 @@ class Format:
     def _lay_out(self, before: list[int], after: list[int], suffix: str | None) -> list[int]:
         ids = list(self._head)
         if suffix is None:
-            return ids + before
+            return ids + before or list(self._empty)
         for item in self.spec.layout:
             if isinstance(item, str):
                 ids.append(self._ids[item])

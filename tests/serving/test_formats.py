@@ -196,6 +196,12 @@ def test_a_format_that_needs_a_tokenizer_says_so() -> None:
         load_format("starcoder2")
 
 
+def test_a_causal_prompt_of_an_empty_prefix_is_the_token_that_begins_a_document() -> None:
+    fmt = load_format("codegen25")
+    assert fmt.prompt("", max_tokens=8).token_ids == [fmt.tokenizer.special_id("<|endoftext|>")]
+    assert fmt.prompt("", "", max_tokens=8).token_ids[0] == fmt.tokenizer.special_id("<mask_1>")
+
+
 def test_a_causal_format_refuses_a_suffix() -> None:
     fmt = Format(FORMATS["causal"], letters_for("causal"))
     assert render(fmt, "a", None) == "a"
