@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from serving.errors import FormatError, SpanfillError
 from serving.models import resolve_model
@@ -37,7 +38,7 @@ class FormatSpec:
     bos: bool = False
     sentencepiece: bool = False
 
-    @property
+    @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """The layout's control tokens."""
         return tuple(item for item in self.layout if isinstance(item, str))

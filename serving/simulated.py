@@ -235,7 +235,7 @@ class Scheduler:
 
 def _noise(token_ids: Ids[int], seed: int, sampling: Sampling) -> Completion:
     sampled = (seed, sampling.temperature, sampling.top_p) if sampling.temperature else ()
-    digest = hashlib.blake2b(array.array("q", token_ids).tobytes(), digest_size=8, key=repr(sampled).encode()[:64])
+    digest = hashlib.blake2b(array.array("i", token_ids).tobytes(), digest_size=8, key=repr(sampled).encode()[:64])
     number = int.from_bytes(digest.digest())
     length = 1 + number % sampling.max_tokens
     stops = not sampling.ignore_eos and sampling.stop_token_ids and length < sampling.max_tokens
