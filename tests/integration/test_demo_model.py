@@ -1,6 +1,5 @@
 """The demo model that ships: real infills of modules that it has not seen, the same by vLLM and by transformers."""
 
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
