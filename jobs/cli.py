@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure spanfill on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
+EXIT_DAMAGED = 1
 EXIT_ERROR_ROWS = 3
 EXIT_INTERRUPTED = 130
 DEMO_INFILLS = 5
@@ -107,6 +109,9 @@ def run(
         float | None, typer.Option(help="Stop beyond this share of error rows [default: 0.05].")
     ] = None,
     feeders: Annotated[int | None, typer.Option(help="Processes that read and write [default: 1].")] = None,
+    retry_errors: Annotated[
+        bool | None, typer.Option("--retry-errors", help="Do a job's error rows again, into new parts.")
+    ] = None,
     resume: Annotated[bool | None, typer.Option("--resume/--no-resume", help="Go on with a begun job.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Delete a begun job and start anew.")] = None,
     json_: Json = False,
@@ -269,6 +274,50 @@ def show(
     console = Console()
     for panel in panels(output, row=row, limit=limit):
         console.print(panel)
+
+
+@app.command(epilog="Example: spanfill status out --json")
+def status(
+    output: Annotated[str, typer.Argument(help="A job's output folder.")],
+    json_: Json = False,
+) -> None:
+    """Tell a running, interrupted, finished or damaged job apart, from its folder alone; exit code 1 if damaged."""
+    from jobs.progress import describe_status
+    from jobs.status import read_status
+
+    found = read_status(output)
+    if json_:
+        print(json.dumps(asdict(found)))
+    else:
+        for line in describe_status(found):
+            Console().print(escape(line), highlight=False, soft_wrap=True)
+    if found.state == "damaged":
+        raise typer.Exit(EXIT_DAMAGED)
+
+
+@app.command(epilog="Example: spanfill verify out")
+def verify(
+    output: Annotated[str, typer.Argument(help="A job's output folder.")],
+    json_: Json = False,
+) -> None:
+    """Check every finished part against the manifest and the input's rows; exit code 1 if something is wrong."""
+    from jobs.verify import verify as verify_job
+
+    verdict = verify_job(output)
+    if json_:
+        print(json.dumps(asdict(verdict)))
+    else:
+        told = "" if verdict.finished else ", of a job that is not finished"
+        console = Console()
+        for problem in verdict.problems:
+            console.print(f"[bold red]{escape(problem)}[/]", highlight=False, soft_wrap=True)
+        console.print(
+            f"{verdict.parts:,} parts with {verdict.rows:,} rows and {verdict.errors:,} error rows{told}: "
+            f"{len(verdict.problems) or 'no'} problems",
+            highlight=False,
+        )
+    if verdict.problems:
+        raise typer.Exit(EXIT_DAMAGED)
 
 
 @app.command(epilog="Example: spanfill models --json")

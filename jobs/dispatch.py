@@ -1,20 +1,43 @@
-"""Micro-batches to replicas: a bounded window in flight, failed calls sent again, poison isolated by halving."""
+"""Micro-batches to replicas: a bounded window in flight, lost calls sent again, poison isolated by halving.
+
+A call that is lost with its replica says little of its rows: the machine may have failed, or a neighbour in the same
+engine. So a micro-batch is sent again as it is; one that is lost again is suspect, and from then on its rows are alone
+in the engine that they are sent to, one suspect at a time, so that a further loss is theirs. A suspect is halved until
+the row that kills or hangs its engine stands alone.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
-from serving.errors import EngineDeadError
+from serving.errors import EngineDeadError, EngineGoneError
 from serving.protocol import MicroBatch, MicroBatchResult, Request, Result, Sampling
 
 Call = Callable[[MicroBatch], Awaitable[MicroBatchResult]]
 
-LOST_REPLICA = (EngineDeadError, RayActorError, DeploymentUnavailableError)
-"""What a call raises when its replica, not its content, may be at fault."""
+NOT_REACHED = (EngineGoneError, DeploymentUnavailableError)
+"""What a call raises that no engine ever saw: it is sent again for as long as the driver has hope for the replicas."""
 
-RETRY_SECONDS = (0.5, 2.0, 5.0)
+LOST = (EngineDeadError, RayActorError)
+"""What a call raises when its replica was lost while it was there."""
+
+FREE_CALLS = 2
+"""Losses that a micro-batch survives without suspicion."""
+
+WAIT_SECONDS = (0.5, 1.0, 2.0, 4.0)
+"""Before a lost call is sent again: long enough that Serve has noticed that the replica is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One row's result, the replica that gave it, and how often it was asked for."""
+
+    result: Result
+    replica: str = ""
+    attempts: int = 1
 
 
 class Dispatcher:
@@ -23,42 +46,65 @@ class Dispatcher:
     def __init__(self, call: Call, *, window: int, max_attempts: int) -> None:
         self._call = call
         self._slots = asyncio.Semaphore(window)
+        self._isolation = asyncio.Lock()
         self._max_attempts = max_attempts
-        self.retries = 0
+        self._closed = False
 
-    async def send(self, requests: Sequence[Request], sampling: Sampling) -> list[tuple[str, Result, int]]:
-        """Answer every request: the replica's name, the result and how often it was tried.
+    def close(self) -> None:
+        """Send nothing more; what is in flight is still awaited."""
+        self._closed = True
 
-        A batch whose replica is lost is sent again once; if that is lost too it is halved, until a row stands alone.
-        Such a row is an error after ``max_attempts`` calls of its own.
+    async def send(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
+        """Answer every request; a row that is lost ``max_attempts`` times alone is an error in the engine's words.
+
+        After ``close`` fewer answers come, or none.
         """
+        attempt = 1
         async with self._slots:
-            return await self._answer(list(requests), sampling, 1)
+            while attempt <= FREE_CALLS:
+                try:
+                    return await self._reach(MicroBatch(tuple(requests), sampling), attempt)
+                except LOST:
+                    await _wait(attempt)
+                    attempt += 1
+        async with self._isolation:
+            return await self._isolate(list(requests), sampling, attempt)
 
-    async def _answer(self, requests: list[Request], sampling: Sampling, attempt: int) -> list[tuple[str, Result, int]]:
-        try:
-            batch = await self._call(MicroBatch(tuple(requests), sampling))
-        except LOST_REPLICA as error:
-            return await self._again(requests, sampling, attempt, error)
-        except (RayTaskError, RayServeException) as error:
-            return [("", _failed(request, error), attempt) for request in requests]
-        return [(batch.replica, result, attempt) for result in batch.results]
-
-    async def _again(
-        self, requests: list[Request], sampling: Sampling, attempt: int, error: Exception
-    ) -> list[tuple[str, Result, int]]:
-        self.retries += 1
-        if len(requests) == 1 and attempt >= self._max_attempts:
-            return [("", _failed(requests[0], error), attempt)]
-        await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS)) - 1])
-        if len(requests) == 1 or attempt == 1:
-            return await self._answer(requests, sampling, attempt + 1)
+    async def _isolate(self, requests: list[Request], sampling: Sampling, attempt: int) -> list[Answer]:
+        tries = 1 if len(requests) > 1 else self._max_attempts
+        for _ in range(tries):
+            try:
+                return await self._reach(MicroBatch(tuple(requests), sampling, alone=True), attempt)
+            except LOST as error:
+                await _wait(attempt)
+                attempt, lost = attempt + 1, error
+        if len(requests) == 1:
+            return [Answer(_failed(requests[0], lost), attempts=attempt - 1)]
         middle = len(requests) // 2
-        first = await self._answer(requests[:middle], sampling, 1 if middle == 1 else attempt)
-        return first + await self._answer(requests[middle:], sampling, 1 if len(requests) - middle == 1 else attempt)
+        first = await self._isolate(requests[:middle], sampling, attempt)
+        return first + await self._isolate(requests[middle:], sampling, attempt)
+
+    async def _reach(self, batch: MicroBatch, attempt: int) -> list[Answer]:
+        while not self._closed:
+            try:
+                answer = await self._call(batch)
+            except NOT_REACHED:
+                await _wait(1)
+            except LOST:
+                raise
+            except (RayTaskError, RayServeException) as error:
+                return [Answer(_failed(request, error), attempts=attempt) for request in batch.requests]
+            else:
+                return [Answer(result, answer.replica, attempt) for result in answer.results]
+        return []
+
+
+async def _wait(attempt: int) -> None:
+    await asyncio.sleep(WAIT_SECONDS[min(attempt, len(WAIT_SECONDS)) - 1])
 
 
 def _failed(request: Request, error: Exception) -> Result:
-    code = "engine_dead" if isinstance(error, LOST_REPLICA) else "replica_failed"
-    words = str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__]
-    return Result(request.key, error_code=code, error_message=words[-1])
+    cause = getattr(error, "cause", None) or error
+    code = cause.code if isinstance(cause, EngineDeadError) else "engine_dead" if isinstance(error, LOST) else None
+    words = str(getattr(cause, "message", cause)).strip().splitlines() or [type(error).__name__]
+    return Result(request.key, error_code=code or "replica_failed", error_message=words[0 if code else -1])

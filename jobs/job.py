@@ -1,20 +1,22 @@
 """A job made ready: model, engine and inputs resolved and checked, and what its feeders and parts are told."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from jobs.feeder import FeederConfig
-from jobs.ledger import FORMAT_VERSION
+from jobs.ledger import FORMAT_VERSION, STATE, read_job
 from jobs.preflight import versions
 from jobs.reader import ERROR_COLUMNS, OUTPUT_COLUMNS, InputSet, check_columns, find_input
 from jobs.spec import ROLES, JobSpec, fingerprint
-from jobs.store import Location, locate
+from jobs.store import Location, exists, locate
+from jobs.unit import FeederConfig
 from serving.config import EngineConfig
 from serving.engine import check_engine_args
 from serving.formats import load_format
 from serving.models import Model, resolve_model
+from serving.weights import resolve_revision, weights_identity
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,28 @@ class Job:
         return min(self.inputs.rows, self.spec.limit or self.inputs.rows)
 
 
+BEGUN_FIELDS = ("rows_per_part", "compression")
+"""What a resumed job keeps from its beginning: it shapes the parts, not the infills."""
+
+
+def begun_spec(spec: JobSpec, say: Callable[[str], None]) -> JobSpec:
+    """The spec with what a begun job in its output folder has settled; says what of the new one plays no part."""
+    output = locate(spec.output)
+    if spec.overwrite or not exists(output.join(STATE, "job.json")):
+        return spec
+    begun = read_job(output)["spec"]
+    kept = {name: begun[name] for name in BEGUN_FIELDS if begun[name] != getattr(spec, name)}
+    for name, value in kept.items():
+        say(f"going on with the begun job's {name} = {value}, not {getattr(spec, name)}")
+    return spec.model_copy(update=kept)
+
+
 def prepare_job(spec: JobSpec) -> Job:
     """Resolve and check a job; raises a ``UsageError`` for everything that is wrong before anything is started."""
     model = resolve_model(spec.model, format=spec.format, revision=spec.revision)
-    check_engine_args(spec.engine_args)
+    if spec.engine == "vllm":
+        check_engine_args(spec.engine_args)
+        model = replace(model, revision=resolve_revision(model))
     engine = model.engine_config(
         kind=spec.engine,
         dtype=spec.dtype,
@@ -61,7 +81,7 @@ def prepare_job(spec: JobSpec) -> Job:
     added = [*OUTPUT_COLUMNS, *spec.extra_columns, *ERROR_COLUMNS]
     check_columns(inputs.schema, roles={r: spec.column(r) for r in ROLES}, named=named, kept=kept, added=added)
     files = [{"name": f.name, "rows": f.rows, "size": f.size, "footer": f.digest} for f in inputs.files]
-    identity = spec.infill_identity(engine, files)
+    identity = spec.infill_identity(engine, weights_identity(model, engine.revision), model.format, files)
     return Job(spec, model, engine, inputs, locate(spec.output), model.format, identity)
 
 

@@ -1,79 +1,33 @@
 """The job's folder: whose it is, what is planned, what is done. All state is files that are published whole."""
 
-import hashlib
-import io
 import json
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
+from jobs.journal import Journal
 from jobs.plan import InputFile, Unit, dump_plan, load_plan
 from jobs.store import Location, delete, delete_folder, exists, list_files, publish_bytes, read_bytes
-from serving.errors import OutputError, VersionError
+from jobs.tally import Tally
+from serving.errors import OutputError, StorageError, VersionError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE = "_spanfill"
-
-JOURNAL_SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("sample", pa.int32()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("stop_token_id", pa.int32()),
-        ("mean_logprob", pa.float32()),
-        ("error_code", pa.string()),
-        ("error_message", pa.string()),
-        ("attempts", pa.int32()),
-    ]
-)
+READERS = 32
+"""Threads that read small files side by side: an object store takes tens of milliseconds for each."""
 
 
-@dataclass(slots=True)
-class Sample:
-    """What the engine made of one sample of one row: the least that must survive a kill. ``row`` is the file's."""
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a finished unit was: its sums, its files' sha256 and sizes, and the digest of the input it was made from."""
 
-    row: int
-    sample: int
-    token_ids: list[int]
-    stop_token_id: int | None = None
-    mean_logprob: float | None = None
-    error_code: str | None = None
-    error_message: str | None = None
-    attempts: int = 1
-
-
-@dataclass(slots=True)
-class Tally:
-    """Sums over rows; two add up."""
-
-    rows: int = 0
-    errors: int = 0
-    samples: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    truncated: int = 0
-    empty: int = 0
-    retries: int = 0
-    repeated_ids: int = 0
-    seconds: float = 0.0
-    finish_reasons: dict[str, int] = field(default_factory=dict)
-    error_codes: dict[str, int] = field(default_factory=dict)
-    replicas: dict[str, int] = field(default_factory=dict)
-
-    def add(self, other: "Tally") -> "Tally":
-        """Add ``other`` to this one."""
-        for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if isinstance(mine, dict):
-                for key, count in theirs.items():
-                    mine[key] = mine.get(key, 0) + count
-            else:
-                setattr(self, f.name, mine + theirs)
-        return self
+    tally: Tally
+    sha256: dict[str, str]
+    bytes: dict[str, int]
+    input: str
 
 
 class Ledger:
@@ -91,9 +45,17 @@ class Ledger:
         """The unit's error rows."""
         return self.output.join("errors", self._name(unit))
 
+    def retried(self, unit: int) -> Location:
+        """Where the error rows of a unit lie once they were done again."""
+        return self.output.join(STATE, "retried", self._name(unit))
+
     def report(self, unit: int) -> Location:
         """The unit's tally and the sha256 of its part."""
         return self.output.join(STATE, "reports", f"{unit:05d}.json")
+
+    def journal(self, unit: int) -> Journal:
+        """The unit's finished rows before its part is out."""
+        return Journal(self._state("journal").join(f"{unit:05d}"), self._state("damaged"))
 
     def _name(self, unit: int) -> str:
         return f"part-{unit:05d}-{self.fingerprint}.parquet"
@@ -101,24 +63,16 @@ class Ledger:
     def _state(self, name: str) -> Location:
         return self.output.join(STATE, name)
 
-    def open(self, identity: dict[str, Any], spec: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:
-        """Take the folder for this job; returns whether it goes on with one that was begun.
+    def refuse_others(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:
+        """Whether the folder holds this job already; touches nothing.
 
-        Raises ``OutputError`` when the folder holds something else, another job (naming the fields that differ) or,
-        without ``resume``, this one.
+        Raises ``OutputError`` when it holds something else, another job (naming the fields that differ) or, without
+        ``resume``, this one.
         """
-        if overwrite and exists(self._state("job.json")):
-            for name in ("data", "errors", STATE):
-                delete_folder(self.output.join(name))
         if not exists(self._state("job.json")):
             self._refuse_foreign_files()
-            new = {
-                "format_version": FORMAT_VERSION,
-                "fingerprint": self.fingerprint,
-                "identity": identity,
-                "spec": spec,
-            }
-            publish_bytes(self._state("job.json"), json.dumps(new, indent=1).encode())
+            return False
+        if overwrite:
             return False
         job = read_job(self.output)
         if job["fingerprint"] != self.fingerprint:
@@ -131,6 +85,44 @@ class Ledger:
             raise OutputError(f"{self.output} holds this job already.", remedy="Drop --no-resume, or add --overwrite.")
         return True
 
+    def open(
+        self, identity: dict[str, Any], spec: dict[str, Any], versions: dict[str, str], *, resume: bool, overwrite: bool
+    ) -> dict[str, Any] | None:
+        """Take the folder for this job, whose lease the caller holds; returns what a begun job's ``job.json`` says.
+
+        Raises ``OutputError`` as ``refuse_others`` does.
+        """
+        if self.refuse_others(identity, resume=resume, overwrite=overwrite):
+            self._remove_temporaries()
+            return read_job(self.output)
+        if overwrite and exists(self._state("job.json")):
+            self._clear()
+        new = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "identity": identity,
+            "spec": spec,
+            "versions": versions,
+        }
+        publish_bytes(self._state("job.json"), json.dumps(new, indent=1).encode())
+        return None
+
+    def _clear(self) -> None:
+        """Remove a job but its lease; the manifest goes first and ``job.json`` last, so that a kill leaves no lie."""
+        delete(self._state("manifest.json"))
+        for folder in (self.output.join("data"), self.output.join("errors")):
+            delete_folder(folder)
+        for name in ("reports", "journal", "damaged", "retried"):
+            delete_folder(self._state(name))
+        for name in ("plan.arrow", "inputs.json", "job.json"):
+            delete(self._state(name))
+
+    def _remove_temporaries(self) -> None:
+        """What killed writers left half written on a disk; an object store shows no such thing."""
+        if self.output.is_local:
+            for path in Path(self._state("").path).rglob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
     def probe(self) -> None:
         """Write and remove a small file; raises ``StorageError``."""
         location = self._state(f".probe-{uuid.uuid4().hex[:8]}")
@@ -138,104 +130,130 @@ class Ledger:
         delete(location)
 
     def _refuse_foreign_files(self) -> None:
+        lease = f"/{STATE}/lease/"
         for info in list_files(self.output, recursive=True):
-            if not info.base_name.endswith(".tmp"):
+            if not info.base_name.endswith(".tmp") and lease not in info.path:
                 raise OutputError(
                     f"{self.output} is not empty and no job's folder (it holds {info.path}).",
                     remedy="Choose an empty or new folder.",
                 )
 
     def plan(self, files: Sequence[InputFile], units: Iterable[Unit]) -> list[Unit]:
-        """The stored plan, or ``units`` stored as such."""
+        """The stored plan, or ``units`` stored as such; raises ``OutputError`` when it is damaged."""
         location = self._state("plan.arrow")
         if not exists(location):
             publish_bytes(self._state("inputs.json"), json.dumps([asdict(file) for file in files]).encode())
-            publish_bytes(location, dump_plan(units))
-        return load_plan(read_bytes(location))
+            self.store_plan(units)
+        return self.planned()
+
+    def store_plan(self, units: Iterable[Unit]) -> None:
+        """Store the units as the job's plan; a stored plan may grow, and nothing else."""
+        publish_bytes(self._state("plan.arrow"), dump_plan(units))
+
+    def planned(self) -> list[Unit]:
+        """The stored plan; raises ``OutputError`` when it is damaged or missing."""
+        try:
+            return load_plan(read_bytes(self._state("plan.arrow")))
+        except (FileNotFoundError, ValueError) as error:
+            raise self._damaged("plan.arrow", error) from None
+
+    def inputs(self) -> list[InputFile]:
+        """The input files as they were when the job began; raises ``OutputError`` when that is damaged."""
+        try:
+            return [InputFile(**values) for values in json.loads(read_bytes(self._state("inputs.json")))]
+        except (FileNotFoundError, ValueError, TypeError) as error:
+            raise self._damaged("inputs.json", error) from None
+
+    def _damaged(self, name: str, error: Exception) -> OutputError:
+        return OutputError(
+            f"{self._state(name)} is damaged or missing: {error}.", remedy="Start anew with --overwrite."
+        )
 
     def done(self) -> set[int]:
         """The indices of the units whose part is out."""
-        names = (info.base_name for info in list_files(self.output.join("data")))
+        return self._units_in("data")
+
+    def failed(self) -> set[int]:
+        """The indices of the finished units that have error rows."""
+        return self._units_in("errors") & self.done()
+
+    def _units_in(self, folder: str) -> set[int]:
+        names = (info.base_name for info in list_files(self.output.join(folder)))
         return {int(name.split("-")[1]) for name in names if name.endswith(f"-{self.fingerprint}.parquet")}
 
-    def write_report(self, unit: int, tally: Tally, parts: dict[str, str]) -> None:
-        """Record a unit's sums and the sha256 of what it published."""
-        publish_bytes(self.report(unit), json.dumps({"tally": asdict(tally), "sha256": parts}).encode())
+    def write_report(self, unit: int, report: Report) -> None:
+        """Record what a unit's part is, before it appears."""
+        publish_bytes(self.report(unit), json.dumps(asdict(report)).encode())
 
-    def read_reports(self, units: Iterable[int]) -> Iterator[tuple[Tally, dict[str, str]]]:
-        """The reports of finished units."""
-        for unit in units:
-            report = json.loads(read_bytes(self.report(unit)))
-            yield Tally(**report["tally"]), report["sha256"]
+    def read_report(self, unit: int) -> Report | None:
+        """A finished unit's report, or None when it is missing or damaged."""
+        try:
+            values = json.loads(read_bytes(self.report(unit)))
+            return Report(**{**values, "tally": Tally(**values["tally"])})
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
 
-    def journal(self, unit: int, samples: Sequence[Sample]) -> None:
-        """Publish one immutable segment; its name carries the sha256 of its content."""
-        if not samples:
-            return
-        columns = {name: [getattr(sample, name) for sample in samples] for name in JOURNAL_SCHEMA.names}
-        sink = io.BytesIO()
-        batch = pa.record_batch(columns, schema=JOURNAL_SCHEMA)
-        with pa.ipc.new_file(sink, JOURNAL_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-            writer.write_batch(batch)
-        data = sink.getvalue()
-        publish_bytes(self._journal(unit).join(f"{hashlib.sha256(data).hexdigest()}.arrow"), data)
+    def read_reports(self, units: Iterable[int]) -> Iterator[Report]:
+        """The reports of finished units, in order; raises ``StorageError`` for one that is missing or damaged."""
+        units = list(units)
+        for unit, report in zip(units, self.try_reports(units), strict=True):
+            if report is None:
+                raise StorageError(f"{self.report(unit)} is damaged or missing.", remedy="Run again to mend it.")
+            yield report
 
-    def replay(self, unit: int) -> tuple[list[Sample], list[str]]:
-        """The samples of a unit's segments, and the names of damaged segments, which are set aside."""
-        samples: list[Sample] = []
-        damaged: list[str] = []
-        for info in list_files(self._journal(unit)):
-            if not info.base_name.endswith(".arrow"):
-                continue
-            location = Location(self.output.uri, info.path)
-            data = read_bytes(location)
-            if hashlib.sha256(data).hexdigest() != info.base_name.removesuffix(".arrow"):
-                publish_bytes(self._state("damaged").join(info.base_name), data)
+    def try_reports(self, units: Sequence[int]) -> Iterator[Report | None]:
+        """The reports of finished units, in order; None for one that is missing or damaged."""
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(self.read_report, units)
+
+    def set_aside(self, unit: int) -> None:
+        """Move a damaged part and its errors out of the way, so that the unit is done again."""
+        for location, folder in ((self.part(unit), "data"), (self.errors(unit), "errors")):
+            if exists(location):
+                publish_bytes(self._state("damaged").join(f"{folder}-{location.name}"), read_bytes(location))
                 delete(location)
-                damaged.append(info.base_name)
-                continue
-            rows = pa.ipc.open_file(pa.BufferReader(data)).read_all().to_pylist()
-            samples.extend(Sample(**row) for row in rows)
-        return samples, damaged
-
-    def drop_journal(self, unit: int) -> None:
-        """Forget a unit's segments once its part is out."""
-        delete_folder(self._journal(unit))
-
-    def _journal(self, unit: int) -> Location:
-        return self.output.join(STATE, "journal", f"{unit:05d}")
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Say that all is done."""
+        """Say that all is done; nothing is left in the journal then."""
+        delete_folder(self._state("journal"))
+        self._remove_temporaries()
         publish_bytes(self._state("manifest.json"), json.dumps(manifest, indent=1).encode())
+
+    def withdraw_manifest(self) -> None:
+        """Not all is done any more."""
+        delete(self._state("manifest.json"))
 
 
 def read_job(output: Location) -> dict[str, Any]:
-    """What ``job.json`` says; raises ``OutputError`` for a folder of no job, ``VersionError`` for a newer one's."""
+    """What ``job.json`` says; raises ``OutputError`` for a folder of no job, ``VersionError`` for another format's."""
     try:
         job: dict[str, Any] = json.loads(read_bytes(output.join(STATE, "job.json")))
     except FileNotFoundError:
         raise OutputError(
             f"{output} is no job's folder: it has no {STATE}/job.json.", remedy="Check the path."
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise OutputError(
             f"{output}/{STATE}/job.json is damaged: {error}.", remedy="Start anew with --overwrite."
         ) from None
-    if job["format_version"] > FORMAT_VERSION:
+    if job["format_version"] != FORMAT_VERSION:
         raise VersionError(
-            f"{output} was written in format {job['format_version']}; this spanfill reads up to {FORMAT_VERSION}.",
-            remedy="Install the spanfill that wrote it.",
+            f"{output} was written in format {job['format_version']}; this spanfill reads {FORMAT_VERSION}.",
+            remedy="Use the spanfill that wrote it, or start anew with --overwrite.",
         )
     return job
 
 
 def read_manifest(output: Location) -> dict[str, Any] | None:
-    """The manifest of a finished job, or None."""
-    location = output.join(STATE, "manifest.json")
-    if not exists(location):
+    """The manifest of a finished job, or None; raises ``OutputError`` when it is damaged."""
+    try:
+        manifest: dict[str, Any] = json.loads(read_bytes(output.join(STATE, "manifest.json")))
+    except FileNotFoundError:
         return None
-    manifest: dict[str, Any] = json.loads(read_bytes(location))
+    except ValueError as error:
+        raise OutputError(
+            f"{output}/{STATE}/manifest.json is damaged: {error}.", remedy="Remove it and run again to write it anew."
+        ) from None
     return manifest
 
 
@@ -247,5 +265,6 @@ def differing(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[
         if isinstance(left, dict) and isinstance(right, dict):
             names += differing(left, right, f"{name}.")
         elif left != right:
-            names.append(name if name == "input" else f"{name} ({left!r}, now {right!r})")
+            plain = not any(isinstance(value, dict | list) for value in (left, right))
+            names.append(f"{name} ({left!r}, now {right!r})" if plain else name)
     return names

@@ -9,12 +9,15 @@ import pyarrow as pa
 UNIT_BYTES = 256 << 20
 """A unit's uncompressed input at most, so that rows of megabytes do not fill the memory."""
 
-SCHEMA = pa.schema([("file", pa.int32()), ("start", pa.int64()), ("stop", pa.int64())])
+SCHEMA = pa.schema([("file", pa.int32()), ("start", pa.int64()), ("stop", pa.int64()), ("retries", pa.int32())])
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One Parquet file: ``name`` is relative to the job's input, ``digest`` the sha256 of its footer."""
+    """One Parquet file: ``name`` is relative to the job's input, ``digest`` the sha256 of its footer.
+
+    ``modified`` is when it last changed, in seconds since 1970: a hint that its content may have changed, no proof.
+    """
 
     path: str
     name: str
@@ -22,16 +25,21 @@ class InputFile:
     size: int
     uncompressed: int
     digest: str
+    modified: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Rows ``start`` to ``stop`` of input file number ``file``; ``index`` names its part."""
+    """Rows ``start`` to ``stop`` of input file number ``file``; ``index`` names its part.
+
+    ``retries`` is the unit whose error rows this one does again, and nothing else; -1 for an ordinary unit.
+    """
 
     index: int
     file: int
     start: int
     stop: int
+    retries: int = -1
 
     @property
     def rows(self) -> int:
@@ -61,9 +69,9 @@ def dump_plan(units: Iterable[Unit]) -> bytes:
     """The plan as one Arrow IPC file; a unit's index is its row."""
     sink = io.BytesIO()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
-        rows: list[tuple[int, int, int]] = []
+        rows: list[tuple[int, int, int, int]] = []
         for unit in units:
-            rows.append((unit.file, unit.start, unit.stop))
+            rows.append((unit.file, unit.start, unit.stop, unit.retries))
             if len(rows) == 65_536:
                 writer.write_batch(_batch(rows))
                 rows = []
@@ -78,6 +86,6 @@ def load_plan(data: bytes) -> list[Unit]:
     return [Unit(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
 
 
-def _batch(rows: list[tuple[int, int, int]]) -> pa.RecordBatch:
-    columns = zip(*rows, strict=True) if rows else ((), (), ())
+def _batch(rows: list[tuple[int, int, int, int]]) -> pa.RecordBatch:
+    columns = zip(*rows, strict=True) if rows else ((), (), (), ())
     return pa.record_batch([pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA)

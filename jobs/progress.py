@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from jobs.runner import Progress, Watcher
+from jobs.status import Status
 
 CHECK_AT = 1_000
 """Completions after which the first look at their quality is printed."""
@@ -102,17 +103,44 @@ class Display(Watcher):
 def describe_speed(progress: Progress) -> str:
     """Rows and tokens a second, cache hits and errors, in one line."""
     tally, seconds = progress.tally, max(progress.seconds, 1e-9)
+    fresh = progress.fresh_rows / max(1, tally.rows)
     hits = tally.cached_tokens / tally.prompt_tokens if tally.prompt_tokens else 0.0
     errors = f", {tally.errors:,} errors" if tally.errors else ""
     return (
-        f"{tally.rows / seconds:,.1f} rows/s, {tally.completion_tokens / seconds:,.0f} tokens/s, "
+        f"{progress.fresh_rows / seconds:,.1f} rows/s, {tally.completion_tokens * fresh / seconds:,.0f} tokens/s, "
         f"{hits:.0%} cache hits{errors}"
     )
 
 
 def _eta(progress: Progress) -> str:
     left = progress.total - progress.resumed_rows - progress.tally.rows
-    if not progress.tally.rows:
+    if not progress.fresh_rows:
         return "unknown time"
-    seconds = int(left * progress.seconds / progress.tally.rows)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return _clock(left * progress.seconds / progress.fresh_rows)
+
+
+def describe_status(status: Status) -> list[str]:
+    """What ``spanfill status`` prints, a line each."""
+    share = status.rows / status.total_rows if status.total_rows else 1.0
+    lines = [
+        f"{status.state}: {status.rows:,} of {status.total_rows:,} rows ({share:.1%}), "
+        f"{status.parts:,} of {status.total_parts:,} parts"
+    ]
+    speed = f"{status.rows_per_second:,.1f} rows/s"
+    if status.state == "running":
+        left = f", {_clock(status.eta_seconds)} left" if status.eta_seconds is not None else ""
+        lines.append(f"{speed}{left}; process {status.pid} on {status.host}, heard {status.heartbeat_age} s ago")
+    elif status.pid is not None:
+        ago = _clock(status.heartbeat_age or 0)
+        lines.append(f"last run: {speed}; process {status.pid} on {status.host}, last heard {ago} ago")
+    if status.errors:
+        codes = ", ".join(f"{code}: {count:,}" for code, count in sorted(status.error_codes.items()))
+        lines.append(f"{status.errors:,} error rows ({codes})")
+    if status.state == "interrupted":
+        lines.append("run the same command again to resume")
+    return lines + [f"damaged: {problem}" for problem in status.problems]
+
+
+def _clock(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -2,7 +2,9 @@
 
 import fnmatch
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -11,11 +13,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from jobs.plan import InputFile, Unit
-from jobs.store import Location, locate
+from jobs.store import PATIENCE_SECONDS, Location, locate, may_pass, patient
 from serving.errors import InputChangedError, InputError
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 READ_ROWS = 1_024
+FOOTER_READERS = 16
+RETRY_SECONDS = 1.0
 OUTPUT_COLUMNS = [
     "infill",
     "finish_reason",
@@ -53,9 +57,8 @@ def find_input(uri: str) -> InputSet:
     root = locate(uri)
     infos, base, ignored = _list(root)
     files, schema = [], None
-    for info in infos:
-        name = PurePosixPath(info.path).relative_to(base).as_posix()
-        file, found = _footer(root, info, name)
+    for file, found in _footers(root, infos, base):
+        name = file.name
         if schema is not None and not found.equals(schema):
             raise InputError(
                 f"{name}: {_difference(schema, found)}, unlike {files[0].name}.", remedy="Give each schema a job."
@@ -106,17 +109,27 @@ def _hidden(path: str, base: str) -> bool:
     return any(part.startswith((".", "_")) for part in PurePosixPath(path).relative_to(base).parts)
 
 
+def _footers(root: Location, infos: Sequence[pafs.FileInfo], base: str) -> list[tuple[InputFile, pa.Schema]]:
+    names = [PurePosixPath(info.path).relative_to(base).as_posix() for info in infos]
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        return list(pool.map(_footer, [root] * len(infos), infos, names))
+
+
 def _footer(root: Location, info: pafs.FileInfo, name: str) -> tuple[InputFile, pa.Schema]:
     if not info.size:
         raise InputError(f"{name} is empty (0 bytes).", remedy="Remove it or write it again.")
-    try:
+
+    def read() -> tuple[str, pq.ParquetFile]:
         with root.fs.open_input_file(info.path) as source:
             source.seek(max(0, info.size - 8))
             length = int.from_bytes(source.read(4), "little")
             source.seek(max(0, info.size - 8 - length))
             digest = hashlib.sha256(source.read(length)).hexdigest()
             source.seek(0)
-            metadata = pq.ParquetFile(source)
+            return digest, pq.ParquetFile(source)
+
+    try:
+        digest, metadata = patient(root, read)
     except FileNotFoundError:
         raise InputError(f"{name} has vanished.", remedy="Check --input.") from None
     except PermissionError:
@@ -127,7 +140,9 @@ def _footer(root: Location, info: pafs.FileInfo, name: str) -> tuple[InputFile, 
         ) from error
     groups = (metadata.metadata.row_group(i) for i in range(metadata.metadata.num_row_groups))
     size = sum(group.total_byte_size for group in groups)
-    return InputFile(info.path, name, metadata.metadata.num_rows, info.size, size, digest), metadata.schema_arrow
+    modified = info.mtime_ns / 1e9 if info.mtime_ns is not None else 0.0
+    rows = metadata.metadata.num_rows
+    return InputFile(info.path, name, rows, info.size, size, digest, modified), metadata.schema_arrow
 
 
 def _difference(expected: pa.Schema, found: pa.Schema) -> str:
@@ -196,24 +211,44 @@ class UnitReader:
         self._at = 0
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._rest: pa.RecordBatch | None = None
+        self._group = ""
 
     def read(self, file: InputFile, unit: Unit) -> Iterator[pa.RecordBatch]:
-        """The unit's rows in batches; raises ``InputChangedError`` when the file is not what was planned."""
-        try:
-            if file.path != self._path or self._at > unit.start:
-                self._open(file, unit.start)
-            yield from self._take(file, unit)
-        except FileNotFoundError:
-            raise InputChangedError(
-                f"{file.name} has vanished.", remedy="Put it back and run again to resume."
-            ) from None
-        except OSError as error:
-            self._path = ""
-            raise InputChangedError(
-                f"{file.name} cannot be read: {error}.", remedy="Mend that and run again to resume."
-            ) from error
+        """The unit's rows in batches; a store that fails is asked again for ``PATIENCE_SECONDS``.
+
+        Raises ``InputChangedError`` when the file is not what was planned, or cannot be read.
+        """
+        at, patience = unit.start, time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                for batch in self._read(file, unit, at):
+                    yield batch
+                    at += batch.num_rows
+                    patience = time.monotonic() + PATIENCE_SECONDS
+                return
+            except InputChangedError:
+                self._path = ""
+                raise
+            except FileNotFoundError:
+                raise InputChangedError(
+                    f"{file.name} has vanished.", remedy="Put it back and run again to resume."
+                ) from None
+            except (OSError, pa.ArrowException) as error:
+                group, self._path = f", {self._group}" if self._path else "", ""
+                if self._root.is_local or not may_pass(error) or time.monotonic() > patience:
+                    raise InputChangedError(
+                        f"{file.name}{group}: {str(error).rstrip('.')}.",
+                        remedy="Mend the file or its store and run again to resume.",
+                    ) from error
+            time.sleep(RETRY_SECONDS)
+
+    def _read(self, file: InputFile, unit: Unit, at: int) -> Iterator[pa.RecordBatch]:
+        if file.path != self._path or self._at > at:
+            self._open(file, at)
+        yield from self._take(file, at, unit.stop)
 
     def _open(self, file: InputFile, start: int) -> None:
+        self._path = ""
         source = self._root.fs.open_input_file(file.path)
         if source.size() != file.size:
             raise InputChangedError(f"{file.name} has changed.", remedy="Put it back, or start anew with --overwrite.")
@@ -222,31 +257,25 @@ class UnitReader:
         while group < parquet.num_row_groups and at + parquet.metadata.row_group(group).num_rows <= start:
             at += parquet.metadata.row_group(group).num_rows
             group += 1
-        self._batches = self._row_groups(parquet, group, at, file.name)
+        self._batches = self._row_groups(parquet, group, at)
         self._path, self._at, self._rest = file.path, at, None
 
-    def _row_groups(self, parquet: pq.ParquetFile, group: int, at: int, name: str) -> Iterator[pa.RecordBatch]:
+    def _row_groups(self, parquet: pq.ParquetFile, group: int, at: int) -> Iterator[pa.RecordBatch]:
         """The batches from row group ``group`` on, whose first row is ``at``; one group is held at a time."""
         for number in range(group, parquet.num_row_groups):
             stop = at + parquet.metadata.row_group(number).num_rows
-            try:
-                yield from parquet.iter_batches(READ_ROWS, row_groups=[number], columns=self._columns)
-            except (pa.ArrowException, OSError) as error:
-                self._path = ""
-                raise InputChangedError(
-                    f"{name}, rows {at} to {stop} (row group {number}): {error}.",
-                    remedy="Mend the file and run again to resume.",
-                ) from error
+            self._group = f"rows {at} to {stop} (row group {number})"
+            yield from parquet.iter_batches(READ_ROWS, row_groups=[number], columns=self._columns)
             at = stop
 
-    def _take(self, file: InputFile, unit: Unit) -> Iterator[pa.RecordBatch]:
-        while self._at < unit.stop:
+    def _take(self, file: InputFile, start: int, stop: int) -> Iterator[pa.RecordBatch]:
+        while self._at < stop:
             batch = self._rest if self._rest is not None else next(self._batches, None)
             if batch is None:
                 raise InputChangedError(f"{file.name} holds fewer rows than its footer said.", remedy="Write it again.")
             self._rest = None
-            skip = max(0, unit.start - self._at)
-            keep = min(batch.num_rows, unit.stop - self._at)
+            skip = max(0, start - self._at)
+            keep = min(batch.num_rows, stop - self._at)
             if keep < batch.num_rows:
                 self._rest = batch.slice(keep)
             self._at += keep

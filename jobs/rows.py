@@ -7,9 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.ledger import Sample, Tally
+from jobs.journal import Sample
 from jobs.reader import texts
 from jobs.spec import JobSpec
+from jobs.tally import Tally, count
 from serving.errors import InputError, SpanfillError
 from serving.formats import Format, Prompt
 from serving.protocol import Result
@@ -64,14 +65,18 @@ def _text_error(column: str, value: str | UnicodeDecodeError | None, *, required
     return None
 
 
-def to_samples(result: Result, row: int, attempts: int) -> list[Sample]:
-    """What must be kept of an engine's answer."""
+def to_samples(result: Result, row: int, *, replica: str, attempts: int) -> list[Sample]:
+    """What must be kept of an engine's answer; the row's cached tokens are kept with its first sample."""
     if result.error_code is not None:
-        return [Sample(row, 0, [], error_code=result.error_code, error_message=result.error_message, attempts=attempts)]
-    return [
-        Sample(row, number, c.token_ids, c.stop_token_id, _mean(c.logprobs), attempts=attempts)
+        error = Sample(row, 0, [], replica=replica, attempts=attempts)
+        error.error_code, error.error_message = result.error_code, result.error_message
+        return [error]
+    samples = [
+        Sample(row, number, c.token_ids, c.stop_token_id, _mean(c.logprobs), replica=replica, attempts=attempts)
         for number, c in enumerate(result.completions)
     ]
+    samples[0].cached_tokens = result.cached_tokens
+    return samples
 
 
 def _mean(logprobs: Sequence[float] | None) -> float | None:
@@ -91,10 +96,11 @@ def output_columns(
     infills = [_finish(spec, fmt, s, *pair) for s, pair in zip(samples, pairs, strict=True)]
     for sample, fact, (text, reason) in zip(samples, facts, infills, strict=True):
         tally.samples += 1
+        tally.prompt_tokens += fact.prompt_tokens
         tally.completion_tokens += len(sample.token_ids)
         tally.empty += not text
         tally.truncated += fact.truncated
-        tally.finish_reasons[reason] = tally.finish_reasons.get(reason, 0) + 1
+        count(tally.finish_reasons, reason)
     columns: dict[str, Any] = {
         "infill": pa.array([text for text, _ in infills], pa.string()),
         "finish_reason": pa.array([reason for _, reason in infills], pa.string()),

@@ -1,40 +1,46 @@
-"""The visible loop: plan, start, feed, watch, commit."""
+"""The visible loop: take the lease, plan, start, feed, watch, commit."""
 
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import ray
+from ray.exceptions import RayTaskError
 
-from jobs.feeder import Feeder
-from jobs.job import Job, feeder_config, prepare_job, provenance
-from jobs.ledger import Ledger, Tally
-from jobs.plan import InputFile, Unit, plan_units
-from jobs.preflight import check_cluster, writing_is_possible
+from jobs.crew import Crew
+from jobs.job import Job, begun_spec, feeder_config, prepare_job, provenance
+from jobs.lease import Lease
+from jobs.ledger import Ledger
+from jobs.plan import Unit, plan_units
+from jobs.preflight import check_cluster, versions, writing_is_possible
+from jobs.recheck import Recheck
+from jobs.retry import plan_retries, settle_retries
 from jobs.signals import Signals, interruptible
 from jobs.spec import JobSpec
 from jobs.store import Location
+from jobs.tally import Tally
 from serving import fleet
 from serving.app import DEPLOYMENT
 from serving.config import ReplicaConfig
 from serving.errors import SpanfillError, TooManyErrorsError
-
-UNITS_AHEAD = 3
-"""Units that a feeder has under way: while one drains, the next is read and tokenised."""
 
 ROWS_AHEAD = 2
 """Rows in flight for each place in an engine's batch, so that a finished row's successor already waits there."""
 
 MIN_ROWS_FOR_ERROR_RATE = 100
 POLL_SECONDS = 0.2
+DRAIN_SECONDS = 10.0
+"""What is in flight may finish for so long after a signal or a failure: less than the 30 s of a spot pre-emption."""
 
 
 @dataclass
 class Progress:
-    """What a progress display shows; ``rows`` counts finished input rows, of ``total``."""
+    """What a progress display shows: ``tally`` sums over this run's rows, those that it replayed included.
+
+    ``resumed_rows`` were finished by earlier runs; ``total`` counts all rows of the job.
+    """
 
     total: int
     tally: Tally = field(default_factory=Tally)
@@ -42,6 +48,11 @@ class Progress:
     seconds: float = 0.0
     stage: str = "starting"
     examples: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def fresh_rows(self) -> int:
+        """Rows that this run generated."""
+        return self.tally.rows - self.tally.replayed
 
 
 class Watcher:
@@ -54,36 +65,94 @@ class Watcher:
         """Called several times a second."""
 
 
+@dataclass
+class _Run:
+    """What the steps of one run share."""
+
+    job: Job
+    ledger: Ledger
+    lease: Lease
+    signals: Signals
+    watcher: Watcher
+    progress: Progress
+    recheck: Recheck
+    finished: Tally = field(default_factory=Tally)
+    ran: float = 0.0
+
+    def check(self) -> None:
+        """Raise what asks the run to stop: a signal, a lost lease."""
+        self.signals.check()
+        self.lease.check()
+
+
 def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
     """Run a job to its end, or go on with an interrupted one; returns the manifest.
 
-    Raises a ``UsageError`` before anything is started, ``InterruptedJobError`` on SIGINT or SIGTERM,
-    ``TooManyErrorsError`` beyond ``max_error_rate``, ``StorageError`` or ``EngineError`` when it cannot go on. What is
-    finished then stays, and running the same spec resumes.
+    Raises a ``UsageError`` before anything is started (``JobHeldError`` when another runner has the folder),
+    ``InterruptedJobError`` on SIGINT or SIGTERM, ``TooManyErrorsError`` beyond ``max_error_rate``, ``StorageError``,
+    ``InputChangedError`` or ``EngineError`` when it cannot go on. What is finished then stays, and running the same
+    spec resumes.
     """
     watcher = watcher or Watcher()
-    job = prepare_job(spec)
+    job = prepare_job(begun_spec(spec, watcher.say))
     ledger = Ledger(job.output, job.fingerprint)
-    with writing_is_possible():
-        resumed = ledger.open(job.identity, spec.model_dump(mode="json"), resume=spec.resume, overwrite=spec.overwrite)
-        ledger.probe()
-    planned = plan_units(job.inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
-    units = ledger.plan(job.inputs.files, planned)
-    done = ledger.done()
-    left = deque(unit for unit in units if unit.index not in done)
-    progress = Progress(job.total_rows, resumed_rows=sum(u.rows for u in units if u.index in done))
-    if job.inputs.ignored:
-        watcher.say(f"not Parquet, left out: {_some(job.inputs.ignored)}")
-    if resumed:
-        watcher.say(f"resuming: {len(done)} of {len(units)} parts are done")
+    with interruptible() as signals:
+        with writing_is_possible():
+            ledger.refuse_others(job.identity, resume=spec.resume, overwrite=spec.overwrite)
+            lease = Lease.take(job.output, say=watcher.say)
+        try:
+            return _run(job, ledger, lease, signals, watcher)
+        finally:
+            lease.release()
+
+
+def _run(job: Job, ledger: Ledger, lease: Lease, signals: Signals, watcher: Watcher) -> dict[str, Any]:
     started = time.monotonic()
+    units, begun = _plan(job, ledger, watcher)
+    done = ledger.done()
+    earlier = [unit for unit in units if unit.index in done]
+    left = deque(unit for unit in units if unit.index not in done)
+    progress = Progress(job.total_rows, resumed_rows=_rows_done(ledger, earlier, left))
+    if begun:
+        watcher.say(f"resuming: {len(earlier)} of {len(units)} parts are done")
     if left:
-        with interruptible() as signals:
-            _feed(job, ledger, left, progress, watcher, signals)
-    manifest = _commit(job, ledger, units, time.monotonic() - started, progress)
+        ledger.withdraw_manifest()
+    recheck = Recheck(ledger, earlier, job.spec, job.inputs.root, job.inputs.files)
+    run = _Run(job, ledger, lease, signals, watcher, progress, recheck)
+    while left or _redo(run, left, recheck.wait()):
+        _feed(run, left)
+    manifest = _commit(run, units, time.monotonic() - started)
     if repeated := manifest["tally"]["repeated_ids"]:
         watcher.say(f"{repeated:,} rows repeat an id of their part; rows are told apart by file and row number")
     return manifest
+
+
+def _rows_done(ledger: Ledger, earlier: Sequence[Unit], left: Iterable[Unit]) -> int:
+    """Input rows of finished units, less those that are to be retried."""
+    retried = (ledger.read_report(unit.retries) for unit in left if unit.retries >= 0)
+    again = sum(report.tally.errors for report in retried if report is not None)
+    return sum(unit.rows for unit in earlier if unit.retries < 0) - again
+
+
+def _plan(job: Job, ledger: Ledger, watcher: Watcher) -> tuple[list[Unit], bool]:
+    """Take the folder for the job and give its units, and whether they are those of a begun job."""
+    spec = job.spec
+    with writing_is_possible():
+        begun = ledger.open(
+            job.identity, spec.model_dump(mode="json"), versions(), resume=spec.resume, overwrite=spec.overwrite
+        )
+        ledger.probe()
+        planned = plan_units(job.inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
+        units = ledger.plan(job.inputs.files, planned)
+        if spec.retry_errors:
+            units = plan_retries(ledger, units)
+    if begun is not None:
+        for name, then in begun["versions"].items():
+            if then != versions()[name]:
+                watcher.say(f"the job began with {name} {then}, now it is {versions()[name]}: infills may differ")
+    if job.inputs.ignored:
+        watcher.say(f"not Parquet, left out: {_some(job.inputs.ignored)}")
+    return units, begun is not None
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
@@ -91,89 +160,79 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _feed(job: Job, ledger: Ledger, left: deque[Unit], progress: Progress, watcher: Watcher, signals: Signals) -> None:
-    spec = job.spec
+def _redo(run: _Run, left: deque[Unit], damaged: list[Unit]) -> bool:
+    """Queue finished units that were found damaged; whether there are any."""
+    for unit in damaged:
+        run.ledger.withdraw_manifest()
+        run.watcher.say(f"part {unit.index} is damaged; it was set aside and its rows run again")
+        run.progress.resumed_rows -= unit.rows
+    left.extend(damaged)
+    return bool(damaged)
+
+
+def _feed(run: _Run, left: deque[Unit]) -> None:
+    job, spec, watcher = run.job, run.job.spec, run.watcher
     with fleet.connected() as embedded:
-        feeders = _start_feeders(job)
-        running: dict[Any, Any] = {}
-        _top_up(feeders, running, left, job.inputs.files)
+        crew = Crew(feeder_config(job), spec.feeders, left, job.inputs.files)
+        crew.fill()
         check_cluster(job.engine, [Location(job.inputs.root.uri, f.path) for f in job.inputs.files[:1]], job.output)
-        progress.stage = "starting the engine"
-        watcher.update(progress)
+        run.progress.stage = "starting the engine"
+        watcher.update(run.progress)
         replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
-        service = fleet.join_or_start(job.engine, replicas, embedded=embedded, say=watcher.say, check=signals.check)
+        service = fleet.join_or_start(job.engine, replicas, embedded=embedded, say=watcher.say, check=run.check)
         try:
-            _attach(feeders, service, spec)
-            progress.stage = "running"
-            _watch(job, feeders, running, left, progress, watcher, signals, service)
+            crew.attach(DEPLOYMENT, service.name, _window(service, spec))
+            run.progress.stage = "running"
+            _watch(run, crew, left, service)
         finally:
             service.release()
 
 
-def _start_feeders(job: Job) -> list[Any]:
-    actor = ray.remote(Feeder).options(num_cpus=0, max_concurrency=64)
-    config = feeder_config(job)
-    return [actor.remote(config) for _ in range(job.spec.feeders)]
-
-
-def _attach(feeders: list[Any], service: fleet.Fleet, spec: JobSpec) -> None:
-    """Let the feeders call; together they keep ``ROWS_AHEAD`` times what the engines' batches hold in flight."""
+def _window(service: fleet.Fleet, spec: JobSpec) -> int:
+    """Micro-batches in flight of one feeder: all keep ``ROWS_AHEAD`` times what the engines' batches hold in flight."""
     calls = max(3, math.ceil(ROWS_AHEAD * service.info.max_num_seqs / spec.batch_rows))
-    window = max(2, math.ceil(calls * spec.replicas / len(feeders)))
-    ray.get([feeder.attach.remote(DEPLOYMENT, service.name, window) for feeder in feeders])
+    return max(2, math.ceil(calls * spec.replicas / spec.feeders))
 
 
-def _top_up(feeders: list[Any], running: dict[Any, Any], left: deque[Unit], files: tuple[InputFile, ...]) -> None:
-    for feeder in feeders:
-        while left and sum(f is feeder for f, _ in running.values()) < UNITS_AHEAD:
-            unit = left.popleft()
-            file = files[unit.file] if files else InputFile("", "", 0, 0, 0, "")
-            running[feeder.run.remote(unit, file)] = (feeder, unit)
-
-
-def _watch(
-    job: Job,
-    feeders: list[Any],
-    running: dict[Any, Any],
-    left: deque[Unit],
-    progress: Progress,
-    watcher: Watcher,
-    signals: Signals,
-    service: fleet.Fleet,
-) -> None:
-    started = time.monotonic()
+def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> None:
+    started, before = time.monotonic(), run.ran
     try:
-        while running:
-            ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
-            for reference in ready:
-                ray.get(reference)
-                del running[reference]
-            _top_up(feeders, running, left, job.inputs.files)
-            _collect(feeders, progress, watcher)
-            progress.seconds = time.monotonic() - started
-            watcher.update(progress)
-            service.beat()
-            signals.check()
-            _check_errors(job.spec, progress.tally)
-    except (SpanfillError, KeyboardInterrupt, ray.exceptions.RayTaskError) as error:
-        progress.stage = "stopping"
-        watcher.update(progress)
-        ray.get([feeder.stop.remote() for feeder in feeders], timeout=20)
-        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
-        if isinstance(cause, SpanfillError):
-            raise cause from None
+        while crew.busy or left:
+            crew.fill()
+            for tally in crew.gather(POLL_SECONDS):
+                run.finished.add(tally)
+            run.ran = before + time.monotonic() - started
+            _tell(run, crew)
+            _redo(run, left, run.recheck.damaged())
+            service.watch(run.progress.fresh_rows, run.watcher.say)
+            run.check()
+            _check_errors(run.job.spec, run.progress.tally)
+    except (SpanfillError, KeyboardInterrupt, RayTaskError):
+        run.progress.stage = "stopping: what is in flight may finish"
+        run.watcher.update(run.progress)
+        crew.stop(DRAIN_SECONDS)
+        _tell(run, crew)
         raise
 
 
-def _collect(feeders: list[Any], progress: Progress, watcher: Watcher) -> None:
-    tally = Tally()
-    examples: list[dict[str, str]] = []
-    for part, shown, said in ray.get([feeder.progress.remote() for feeder in feeders]):
+def _tell(run: _Run, crew: Crew) -> None:
+    """Bring the progress up to date and show it; the lease carries it to whoever asks for the job's status."""
+    report, progress = crew.report(), run.progress
+    tally = Tally().add(run.finished)
+    for part in report.units.values():
         tally.add(part)
-        examples += shown
-        for message in said:
-            watcher.say(message)
-    progress.tally, progress.examples = tally, examples[:3]
+    progress.tally, progress.seconds = tally, run.ran
+    seen = {example["row"]: example for example in progress.examples + report.examples}
+    progress.examples = list(seen.values())[:3]
+    for message in report.said:
+        run.watcher.say(message)
+    run.watcher.update(progress)
+    run.lease.tell(
+        total=progress.total,
+        rows=progress.resumed_rows + tally.rows,
+        rows_per_second=round(progress.fresh_rows / run.ran, 3) if run.ran else 0.0,
+        error_codes=tally.error_codes,
+    )
 
 
 def _check_errors(spec: JobSpec, tally: Tally) -> None:
@@ -185,13 +244,15 @@ def _check_errors(spec: JobSpec, tally: Tally) -> None:
         )
 
 
-def _commit(job: Job, ledger: Ledger, units: list[Unit], seconds: float, progress: Progress) -> dict[str, Any]:
+def _commit(run: _Run, units: list[Unit], seconds: float) -> dict[str, Any]:
     """Add up the parts' reports; speeds are of this run's rows over the seconds in which its engines ran."""
-    total, digests = Tally(), {}
-    fresh, running = progress.tally, progress.seconds
-    for tally, parts in ledger.read_reports(unit.index for unit in units):
-        total.add(tally)
-        digests.update(parts)
+    job, ledger, fresh, running = run.job, run.ledger, run.finished, run.ran
+    settle_retries(ledger, units)
+    total, digests, sizes = Tally(), dict[str, str](), dict[str, int]()
+    for report in ledger.read_reports(unit.index for unit in units):
+        total.add(report.tally)
+        digests |= report.sha256
+        sizes |= report.bytes
     manifest = {
         **provenance(job),
         "input": str(job.inputs.root),
@@ -201,8 +262,8 @@ def _commit(job: Job, ledger: Ledger, units: list[Unit], seconds: float, progres
         "error_codes": total.error_codes,
         "seconds": round(seconds, 3),
         "running_seconds": round(running, 3),
-        "rows_per_second": round(fresh.rows / running, 3) if running else 0.0,
-        "output_tokens_per_second": round(fresh.completion_tokens / running, 3) if running else 0.0,
+        "rows_per_second": round((fresh.rows - fresh.replayed) / running, 3) if running else 0.0,
+        "output_tokens_per_second": round(_fresh_tokens(fresh) / running, 3) if running else 0.0,
         "prompt_tokens": total.prompt_tokens,
         "completion_tokens": total.completion_tokens,
         "cached_tokens": total.cached_tokens,
@@ -212,7 +273,13 @@ def _commit(job: Job, ledger: Ledger, units: list[Unit], seconds: float, progres
         "empty": total.empty,
         "replicas": total.replicas,
         "parts": digests,
+        "bytes": sizes,
         "tally": asdict(total),
     }
     ledger.write_manifest(manifest)
     return manifest
+
+
+def _fresh_tokens(tally: Tally) -> float:
+    """Completion tokens of the rows that were not replayed, as far as their share of the rows tells."""
+    return tally.completion_tokens * (tally.rows - tally.replayed) / tally.rows if tally.rows else 0.0

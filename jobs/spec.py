@@ -7,8 +7,10 @@ from typing import Any, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from serving.config import EngineConfig, EngineKind, Frozen
+from serving.engine import SPEED_ARGUMENTS
 from serving.errors import ConfigError
 from serving.trimming import TRIMMINGS
+from serving.truncation import DEFAULT_PREFIX_ALIGN, DEFAULT_SUFFIX_SHARE
 
 ROLES = ("prefix", "suffix", "id")
 EXTRA_COLUMNS = ("mean_logprob", "token_ids", "source_file", "source_row")
@@ -56,6 +58,7 @@ class JobSpec(Frozen):
     batch_rows: int = Field(64, ge=1)
     max_attempts: int = Field(3, ge=1)
     max_error_rate: float = Field(0.05, ge=0, le=1)
+    retry_errors: bool = False
     feeders: int = Field(1, ge=1)
     resume: bool = True
     overwrite: bool = False
@@ -68,6 +71,8 @@ class JobSpec(Frozen):
         _known("extra_columns (--with)", self.extra_columns, EXTRA_COLUMNS)
         _known("trim", self.trim, TRIMMINGS)
         _known("compression", (self.compression,), COMPRESSIONS)
+        if self.retry_errors and (self.overwrite or not self.resume):
+            raise ValueError("retry_errors goes on with a job; it excludes overwrite and no-resume")
         if any(not text for text in self.stop):
             raise ValueError("a stop string is empty")
         return self
@@ -76,17 +81,27 @@ class JobSpec(Frozen):
         """The input column that plays ``role`` (``prefix``, ``suffix`` or ``id``); empty for none."""
         return self.columns.get(role, role)
 
-    def infill_identity(self, engine: EngineConfig, files: list[dict[str, Any]]) -> dict[str, Any]:
-        """What can change an infill or its columns, and nothing else: the ground of the job's fingerprint."""
-        names = (
-            "format max_tokens temperature top_p n seed stop trim prefix_align suffix_share columns extra_columns"
-            " keep_columns rows_per_part compression limit"
-        )
+    def infill_identity(
+        self, engine: EngineConfig, weights: dict[str, Any], format_name: str, files: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What can change an infill or its columns, and nothing else: the ground of the job's fingerprint.
+
+        Where the model and the input lie plays no part, nor do engine arguments of speed and memory, nor, when
+        decoding is greedy, the seed.
+        """
+        names = {"max_tokens", "temperature", "n", "stop", "trim", "columns", "extra_columns", "keep_columns", "limit"}
+        if self.temperature > 0:
+            names |= {"seed", "top_p"}
+        arguments = {key: value for key, value in engine.engine_args.items() if key not in SPEED_ARGUMENTS}
         return {
             "input": files,
-            "engine": {"kind": engine.kind, "model": self.model, "revision": engine.revision, "dtype": engine.dtype}
-            | {"max_model_len": engine.max_model_len, "engine_args": engine.engine_args},
-            **self.model_dump(mode="json", include=set(names.split())),
+            "engine": {"kind": engine.kind, "dtype": engine.dtype, "max_model_len": engine.max_model_len}
+            | {"engine_args": arguments},
+            "weights": weights,
+            "format": format_name,
+            "prefix_align": DEFAULT_PREFIX_ALIGN if self.prefix_align is None else self.prefix_align,
+            "suffix_share": DEFAULT_SUFFIX_SHARE if self.suffix_share is None else self.suffix_share,
+            **self.model_dump(mode="json", include=names),
         }
 
 

@@ -1,18 +1,35 @@
-"""Files on a disk or in an object store: found, read, and published whole."""
+"""Files on a disk or in an object store: found, read, published whole, created once.
 
+What is assumed of a store: a put is atomic (readers see all of an object or none of it), and whoever reads or lists
+after a put has ended sees it, as S3, Google Cloud Storage, Azure and POSIX file systems promise. A remote store that
+fails is tried again for ``PATIENCE_SECONDS``; a disk that fails is not.
+"""
+
+import errno
 import os
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+import tenacity
 
 from serving.errors import StorageError, UsageError
+
+T = TypeVar("T")
+PATIENCE_SECONDS = 60.0
+SPOOL_BYTES = 64 << 20
+"""A file for an object store waits here, in memory up to this size, until it is whole."""
+
+UPLOAD_BYTES = 8 << 20
+PERMANENT = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_BUCKET")
+"""Answers of a store that asking again does not change, as pyarrow spells them."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,7 @@ class Location:
     @property
     def fs(self) -> Any:
         """The file system, opened once in each process."""
-        return _open(self.uri)[0]
+        return open_uri(self.uri)[0]
 
     @property
     def is_local(self) -> bool:
@@ -36,6 +53,11 @@ class Location:
         """The location below this one."""
         return Location(self.uri, "/".join([self.path.rstrip("/"), *names]))
 
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
+
     def __str__(self) -> str:
         return self.path if self.is_local else f"{self.uri.split('://', 1)[0]}://{self.path}"
 
@@ -44,11 +66,11 @@ def locate(uri: str) -> Location:
     """The location of a path or URI; raises ``UsageError`` for a scheme that nothing here opens."""
     if "://" not in uri:
         return Location(str(Path(uri).expanduser().absolute()), str(Path(uri).expanduser().absolute()))
-    return Location(uri, _open(uri)[1])
+    return Location(uri, open_uri(uri)[1])
 
 
 @lru_cache(maxsize=16)
-def _open(uri: str) -> tuple[Any, str]:
+def open_uri(uri: str) -> tuple[Any, str]:
     """The file system and path of a URI; kept, since opening one may ask the store where its bucket is."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri
@@ -69,22 +91,62 @@ def _open(uri: str) -> tuple[Any, str]:
     return fs, path
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether a remote store's failure may be gone at the next try."""
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return False
+    return isinstance(error, OSError | pa.ArrowException) and not any(code in str(error) for code in PERMANENT)
+
+
+def patient(location: Location, work: Callable[[], T]) -> T:
+    """Do ``work``; on a remote store again and again while its failures may pass, for ``PATIENCE_SECONDS``."""
+    if location.is_local:
+        return work()
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_delay(PATIENCE_SECONDS),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=8),
+        retry=tenacity.retry_if_exception(may_pass),
+        reraise=True,
+    )
+    return retrying(work)
+
+
 def exists(location: Location) -> bool:
-    """Whether a file or folder is there."""
-    return bool(location.fs.get_file_info(location.path).type != pafs.FileType.NotFound)
+    """Whether a file or folder is there; raises ``StorageError``."""
+    info = _told(location, lambda: location.fs.get_file_info(location.path))
+    return bool(info.type != pafs.FileType.NotFound)
 
 
 def list_files(folder: Location, *, recursive: bool = False) -> list[pafs.FileInfo]:
-    """The files of a folder in the order of their paths; none if there is no folder."""
+    """The files of a folder in the order of their paths; none if there is no folder. Raises ``StorageError``."""
     selector = pafs.FileSelector(folder.path, recursive=recursive, allow_not_found=True)
-    infos = [info for info in folder.fs.get_file_info(selector) if info.type == pafs.FileType.File]
-    return sorted(infos, key=lambda info: info.path)
+    found = _told(folder, lambda: folder.fs.get_file_info(selector))
+    return sorted((info for info in found if info.type == pafs.FileType.File), key=lambda info: info.path)
+
+
+def _told(location: Location, work: Callable[[], Any]) -> Any:
+    try:
+        return patient(location, work)
+    except (OSError, pa.ArrowException) as error:
+        raise _failed(location, "reached", error) from error
 
 
 def read_bytes(location: Location) -> bytes:
-    """The whole file; raises ``FileNotFoundError``."""
-    with location.fs.open_input_stream(location.path) as stream:
-        return bytes(stream.read())
+    """The whole file; raises ``FileNotFoundError``, ``StorageError`` when a store goes on failing."""
+
+    def read() -> bytes:
+        with location.fs.open_input_file(location.path) as file:
+            data = bytes(file.read())
+            if len(data) != file.size():
+                raise OSError(f"{len(data)} of {file.size()} bytes came")
+            return data
+
+    try:
+        return patient(location, read)
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise _failed(location, "read", error) from error
 
 
 def publish_bytes(location: Location, data: bytes) -> None:
@@ -94,63 +156,142 @@ def publish_bytes(location: Location, data: bytes) -> None:
 
 
 @contextmanager
-def publish(location: Location) -> Iterator[Any]:
+def publish(location: Location, *, once: bool = False) -> Iterator[Any]:
     """A binary stream whose content appears under the name only when the block ends well.
 
-    On a disk: a temporary file, fsync, rename. On an object store the put itself is atomic. Raises ``StorageError``
+    On a disk: a temporary file, fsync, rename. On an object store: spooled here, then put (in multiple parts where it
+    is large), and its size checked. ``once``: a file that is there already stays as it is. Raises ``StorageError``
     naming the file and the reason; the temporary file is removed.
     """
-    target = _temporary(location) if location.is_local else location
-    fs = location.fs
+    try:
+        with _published_on_disk(location, once) if location.is_local else _published_remotely(location, once) as stream:
+            yield stream
+    except (OSError, pa.ArrowException) as error:
+        raise _failed(location, "written", error) from error
+
+
+def create(location: Location, data: bytes) -> bool:
+    """Write a file unless it is there: of many who try at once, one gets True. Raises ``StorageError``.
+
+    On a disk a hard link of the finished file, on S3, Google Cloud Storage and Azure a conditional put, elsewhere what
+    fsspec's mode ``create`` does there.
+    """
     try:
         if location.is_local:
-            for path in (location.path, target.path):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with fs.open_output_stream(target.path) as stream:
-            yield stream
-        if location.is_local:
-            _sync(target.path)
-            Path(target.path).replace(location.path)
+            return _create_on_disk(location, data)
+        return patient(location, lambda: _create_remotely(location, data))
     except (OSError, pa.ArrowException) as error:
-        _discard(target)
-        number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number else str(error)
-        raise StorageError(
-            f"{location} cannot be written: {reason}.", remedy="What is done is kept; run again to resume."
-        ) from error
-    except BaseException:
-        _discard(target)
-        raise
+        raise _failed(location, "created", error) from error
 
 
-def _temporary(location: Location) -> Location:
+def _failed(location: Location, deed: str, error: BaseException) -> StorageError:
+    number = getattr(error, "errno", None)
+    reason = os.strerror(number) if number else str(error).strip().rstrip(".").splitlines()[0]
+    return StorageError(f"{location} cannot be {deed}: {reason}.", remedy="What is done is kept; run again to resume.")
+
+
+@contextmanager
+def _published_on_disk(location: Location, once: bool) -> Iterator[Any]:
+    target = _temporary(location)
+    try:
+        for path in (location.path, target):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with Path(target).open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        if once:
+            _link(target, location.path)
+        else:
+            Path(target).replace(location.path)
+        _sync_folder(location.path)
+    finally:
+        with suppress(NotADirectoryError):
+            Path(target).unlink(missing_ok=True)
+
+
+def _temporary(location: Location) -> str:
     path = Path(location.path)
     # Beside, not in, data/: a reader of data/ must never meet a file that is not a finished part.
     folder = path.parent.parent / "_spanfill" if path.parent.name in ("data", "errors") else path.parent
-    return Location(location.uri, str(folder / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"))
+    return str(folder / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _link(source: str, target: str) -> bool:
+    """Give ``source`` the name ``target`` unless that is taken."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # A file system without hard links: two writers at the same moment would both win.
+        if Path(target).exists():
+            return False
+        Path(source).replace(target)
+    return True
+
+
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(Path(path).parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _discard(location: Location) -> None:
-    if location.is_local:
-        with suppress(NotADirectoryError):
-            Path(location.path).unlink(missing_ok=True)
+def _create_on_disk(location: Location, data: bytes) -> bool:
+    target = _temporary(location)
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(target).write_bytes(data)
+        return _link(target, location.path)
+    finally:
+        Path(target).unlink(missing_ok=True)
+
+
+@contextmanager
+def _published_remotely(location: Location, once: bool) -> Iterator[Any]:
+    with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
+        yield spool
+        size = spool.tell()
+        if not (once and exists(location)):
+            patient(location, lambda: _upload(location, spool, size))
+
+
+def _upload(location: Location, spool: Any, size: int) -> None:
+    spool.seek(0)
+    with location.fs.open_output_stream(location.path) as stream:
+        while block := spool.read(UPLOAD_BYTES):
+            stream.write(block)
+    arrived = location.fs.get_file_info(location.path).size
+    if arrived != size:
+        raise OSError(f"{arrived} of {size} bytes arrived")
+
+
+def _create_remotely(location: Location, data: bytes) -> bool:
+    from jobs.conditional import put_new
+
+    return put_new(location.uri, location.path, data)
 
 
 def delete(location: Location) -> None:
     """Remove a file if it is there."""
-    if exists(location):
-        location.fs.delete_file(location.path)
+    _delete(location, location.fs.delete_file)
 
 
 def delete_folder(location: Location) -> None:
     """Remove a folder with all that it holds, if it is there."""
-    if exists(location):
-        location.fs.delete_dir(location.path)
+    _delete(location, location.fs.delete_dir)
+
+
+def _delete(location: Location, remove: Callable[[str], None]) -> None:
+    if not exists(location):
+        return
+    try:
+        patient(location, lambda: remove(location.path))
+    except FileNotFoundError:
+        return
+    except (OSError, pa.ArrowException) as error:
+        raise _failed(location, "removed", error) from error

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.ledger import Sample
+from jobs.journal import Sample
 from jobs.reader import is_text, texts
 from jobs.store import Location, publish
 
@@ -17,7 +17,7 @@ METADATA_KEY = b"spanfill"
 
 
 class PartWriter:
-    """Writes one Parquet file; ``sha256`` holds its digest once it is published."""
+    """Writes one Parquet file."""
 
     def __init__(self, stream: Any, compression: str, metadata: dict[str, Any]) -> None:
         self._stream = HashingStream(stream)
@@ -32,17 +32,22 @@ class PartWriter:
             self._writer = pq.ParquetWriter(self._stream, schema, compression=self._compression)
         self._writer.write_table(table.replace_schema_metadata(self._metadata))
 
-    def close(self) -> str:
-        """Write the footer and return the sha256 of the whole file."""
+    def close(self) -> tuple[str, int]:
+        """Write the footer; returns the sha256 of the whole file and its size in bytes."""
         if self._writer is not None:
             self._writer.close()
-        return self._stream.sha256.hexdigest()
+        return self._stream.sha256.hexdigest(), self._stream.size
 
 
 @contextmanager
-def part_writer(location: Location, compression: str, metadata: dict[str, Any]) -> Iterator[PartWriter]:
-    """A writer whose file appears when the block ends well; raises ``StorageError``."""
-    with publish(location) as stream:
+def part_writer(
+    location: Location, compression: str, metadata: dict[str, Any], *, once: bool = False
+) -> Iterator[PartWriter]:
+    """A writer whose file appears when the block ends well; with ``once``, unless it is there already.
+
+    Raises ``StorageError``.
+    """
+    with publish(location, once=once) as stream:
         yield PartWriter(stream, compression, metadata)
 
 
@@ -52,11 +57,13 @@ class HashingStream:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.sha256 = hashlib.sha256()
+        self.size = 0
         self.closed = False
 
     def write(self, data: Any) -> int:
         """Write and hash."""
         self.sha256.update(data)
+        self.size += memoryview(data).nbytes
         return int(self._stream.write(data))
 
     def flush(self) -> None:

@@ -33,7 +33,8 @@ class AppConfig(Frozen):
 
     def engine_config(self) -> EngineConfig:
         """The engine that every replica runs; raises ``ModelError`` or ``ConfigError``."""
-        check_engine_args(self.engine_args)
+        if self.engine == "vllm":
+            check_engine_args(self.engine_args)
         model = resolve_model(self.model, format=self.format, revision=self.revision)
         return model.engine_config(
             kind=self.engine,

@@ -55,7 +55,8 @@ class RooflineConfig(Frozen):
     """The hardware and model that ``serving.simulated`` imitates; defaults: CodeGen2.5-7B bf16 on an H100 SXM.
 
     Peaks are NVIDIA's data-sheet figures (dense bf16); ``efficiency`` is the share of the bound that is reached, and
-    ``time_scale`` makes the clock run that many times faster than real time.
+    ``time_scale`` makes the clock run that many times faster than real time. ``crash_on``, ``hang_on`` and ``kill_on``
+    are token ids in a row: a prompt that holds them makes the engine die, stand still, or lose its process.
     """
 
     flops_per_second: float = Field(989e12, gt=0)
@@ -70,6 +71,9 @@ class RooflineConfig(Frozen):
     step_overhead_seconds: float = Field(0.0005, ge=0)
     efficiency: float = Field(1.0, gt=0, le=1)
     time_scale: float = Field(1.0, gt=0)
+    crash_on: tuple[int, ...] = ()
+    hang_on: tuple[int, ...] = ()
+    kill_on: tuple[int, ...] = ()
 
 
 class EngineConfig(Frozen):

@@ -29,6 +29,32 @@ OWN_ARGUMENTS = {
 }
 """Engine arguments that spanfill sets itself, with what sets them."""
 
+SPEED_ARGUMENTS = frozenset(
+    [
+        "async_scheduling",
+        "block_size",
+        "compilation_config",
+        "cpu_offload_gb",
+        "disable_log_stats",
+        "distributed_executor_backend",
+        "download_dir",
+        "enable_chunked_prefill",
+        "enable_prefix_caching",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "long_prefill_token_threshold",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "max_parallel_loading_workers",
+        "num_gpu_blocks_override",
+        "pipeline_parallel_size",
+        "stream_interval",
+        "use_tqdm_on_load",
+    ]
+)
+"""Engine arguments of speed and memory: a job may go on with others. All others can change what is computed."""
+
 CPU_DEFAULTS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 2 << 30, "max_num_seqs": 64}
 """Without compilation an engine starts in a third of the time; without a size vLLM would take most of the memory."""
 
@@ -299,4 +325,5 @@ class _Counters:
             + (scheduler.prefix_cache_stats.queries if scheduler else 0),
             prefix_cache_hits=before.prefix_cache_hits + (scheduler.prefix_cache_stats.hits if scheduler else 0),
             output_tokens=before.output_tokens + (iteration.num_generation_tokens if iteration else 0),
+            steps=before.steps + 1,
         )

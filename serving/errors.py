@@ -61,6 +61,12 @@ class OutputError(UsageError):
     code = "bad_output"
 
 
+class JobHeldError(OutputError):
+    """Another runner, still alive, holds the output folder's lease."""
+
+    code = "job_held"
+
+
 class ModelError(UsageError):
     """The model is unknown, has no files, or does not fit where it should run."""
 
@@ -107,6 +113,18 @@ class EngineDeadError(EngineError):
     retryable = True
 
 
+class EngineGoneError(EngineDeadError):
+    """The engine was dead before the request came, so the request has nothing to do with it."""
+
+    code = "engine_gone"
+
+
+class EngineHungError(EngineDeadError):
+    """The engine stopped stepping while it held requests; its replica is started again."""
+
+    code = "engine_hung"
+
+
 class StorageError(SpanfillError):
     """A part, segment or manifest could not be written (disk full, store unreachable); what was published stays."""
 
@@ -117,6 +135,18 @@ class InputChangedError(SpanfillError):
     """An input file changed or vanished while the job ran; what was published stays."""
 
     code = "input_changed"
+
+
+class LeaseLostError(SpanfillError):
+    """Another runner took the job over while this one was silent; this one stops writing."""
+
+    code = "lease_lost"
+
+
+class FeederError(SpanfillError):
+    """The processes that read and write die again and again without finishing a row."""
+
+    code = "feeder_dies"
 
 
 class TooManyErrorsError(SpanfillError):

@@ -7,26 +7,31 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 from ray import serve
-from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from serving.app import DEPLOYMENT, build, place
 from serving.config import EngineConfig, ReplicaConfig
 from serving.errors import ConfigError, EngineError, ResourceError
+from serving.lifeline import beat, delete_app, guard
 from serving.protocol import EngineInfo, EngineStats
 
 PRIVATE_PREFIX = "spanfill-run-"
 """Applications of this name belong to one job and are never joined by another."""
 
-NAMESPACE = "spanfill"
-LIFELINE_SECONDS = 45.0
-"""Without a heartbeat for this long, a job's own application is deleted."""
-
 RESOURCE_WAIT_SECONDS = 60.0
+LOOK_SECONDS = 2.0
+QUIET_SECONDS = 30.0
+"""A job whose rows have not grown for this long asks whether its engines run."""
+
+HOPELESS_SECONDS = 900.0
+ORPHAN_SECONDS = 15
+"""What a killed command started on this machine ends itself after this long."""
 
 
 @contextmanager
@@ -42,9 +47,10 @@ def connected() -> Iterator[bool]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"include_dashboard": False, "object_store_memory": 512 << 20}
+    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 512 << 20}
+    local["_system_config"] = {"gcs_rpc_server_reconnect_timeout_s": ORPHAN_SECONDS}
     try:
-        ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **local)
+        ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **({} if address else local))
     except ConnectionError as error:
         raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}", remedy="Check the address, or unset it.") from error
     try:
@@ -70,21 +76,61 @@ class Fleet:
     info: EngineInfo
     own: bool = False
     guarded: bool = False
+    vigil: "Vigil" = field(default_factory=lambda: Vigil())
 
     async def stats(self, replicas: int) -> dict[str, EngineStats]:
         """Readings by replica; asks twice as often as there are replicas, since Serve chooses who answers."""
         answers = await asyncio.gather(*(self.handle.stats.remote() for _ in range(2 * replicas)))
         return dict(answers)
 
-    def beat(self) -> None:
-        """Tell the cluster that the job is alive."""
+    def watch(self, rows: int, say: Callable[[str], None]) -> None:
+        """Tell the cluster that the job is alive and, when its ``rows`` do not grow, look whether an engine still runs.
+
+        Cheap enough to be called several times a second. Raises ``EngineError`` when no engine has run for
+        ``HOPELESS_SECONDS``: Serve starts lost ones again, and some come back only when a machine does.
+        """
+        now = time.monotonic()
+        if now < self.vigil.next_look:
+            return
+        self.vigil.next_look = now + LOOK_SECONDS
         if self.guarded:
-            _lifeline(self.name).beat.remote()
+            beat(self.name)
+        if rows != self.vigil.rows:
+            self.vigil.rows, self.vigil.since = rows, now
+        elif now - self.vigil.since > QUIET_SECONDS:
+            self._look(now, say)
+
+    def _look(self, now: float, say: Callable[[str], None]) -> None:
+        try:
+            app = serve.status().applications.get(self.name)
+        except RayError as error:
+            say(f"Serve does not answer: {str(error).splitlines()[0]}")
+            return
+        deployment = app.deployments.get(DEPLOYMENT) if app else None
+        if deployment and deployment.replica_states.get("RUNNING", 0):
+            self.vigil.down = None
+            return
+        words = _last_words(deployment.message) if deployment else f"the application {self.name} is gone"
+        if self.vigil.down is None:
+            self.vigil.down = now
+            say(f"no engine is running, waiting for one: {words}")
+        if now - self.vigil.down > HOPELESS_SECONDS or app is None:
+            raise EngineError(f"no engine runs any more: {words}", remedy="Mend that and run again to resume.")
 
     def release(self) -> None:
         """Delete the application if this job started it."""
         if self.own:
-            _delete(self.name, self.guarded)
+            delete_app(self.name, guarded=self.guarded)
+
+
+@dataclass
+class Vigil:
+    """What ``Fleet.watch`` remembers: the rows it saw last, since when, and since when no engine runs."""
+
+    rows: int = -1
+    since: float = 0.0
+    next_look: float = 0.0
+    down: float | None = None
 
 
 def join_or_start(
@@ -108,15 +154,13 @@ def join_or_start(
     replica = place(replica, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     name = f"{PRIVATE_PREFIX}{uuid.uuid4().hex[:8]}"
     if not embedded:
-        ray.remote(Lifeline).options(
-            name=_lifeline_name(name), namespace=NAMESPACE, lifetime="detached", num_cpus=0
-        ).remote(name)
+        guard(name)
     target = serve.RunTarget(target=build(engine, replica), name=name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
         _wait_until_running(name, engine, replica, embedded, say, check)
     except BaseException:
-        _delete(name, guarded=not embedded)
+        delete_app(name, guarded=not embedded)
         raise
     handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
     _, info = handle.describe.remote().result()
@@ -147,7 +191,7 @@ def _wait_until_running(
     while True:
         check()
         if not embedded:
-            _lifeline(name).beat.remote()
+            beat(name)
         app = serve.status().applications.get(name)
         deployment = app.deployments.get(DEPLOYMENT) if app else None
         if app and app.status == "RUNNING":
@@ -188,38 +232,3 @@ def _last_words(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     told = [line for line in lines if "Error" in line.split(":")[0]]
     return (told or lines or ["no reason was given"])[-1]
-
-
-def _lifeline_name(app: str) -> str:
-    return f"{app}-lifeline"
-
-
-def _lifeline(app: str) -> ActorHandle:
-    return ray.get_actor(_lifeline_name(app), NAMESPACE)
-
-
-def _delete(app: str, guarded: bool) -> None:
-    """Delete an application and, last since it may be who calls, its ``Lifeline``."""
-    serve.delete(app, _blocking=False)
-    if guarded:
-        ray.kill(_lifeline(app))
-
-
-class Lifeline:
-    """Deletes a job's application when the job's driver has been silent for too long, then ends itself."""
-
-    def __init__(self, app: str) -> None:
-        self._app = app
-        self._last = time.monotonic()
-        self._watch = asyncio.get_event_loop().create_task(self._run())
-
-    async def beat(self) -> None:
-        """The driver is alive."""
-        self._last = time.monotonic()
-
-    async def _run(self) -> None:
-        silent = 0.0
-        while silent < LIFELINE_SECONDS:
-            await asyncio.sleep(LIFELINE_SECONDS - silent)
-            silent = time.monotonic() - self._last
-        await asyncio.to_thread(_delete, self._app, True)

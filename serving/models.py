@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from serving.config import EngineConfig, EngineKind
+from serving.config import EngineConfig, EngineKind, RooflineConfig
 from serving.errors import ModelError
 
 CITATION = (
@@ -48,7 +48,14 @@ class Model:
         tensor_parallel_size: int = 1,
         engine_args: dict[str, Any] | None = None,
     ) -> EngineConfig:
-        """An engine of this model, at its own dtype and context unless told otherwise; raises ``ConfigError``."""
+        """An engine of this model, at its own dtype and context unless told otherwise; raises ``ConfigError``.
+
+        ``engine_args`` are vLLM's, or the fields of ``RooflineConfig`` for an engine that is simulated.
+        """
+        arguments = engine_args or {}
+        roofline = RooflineConfig()
+        if kind != "vllm":
+            roofline, arguments = RooflineConfig.parse(arguments, where=f"engine_args of the {kind} engine"), {}
         return EngineConfig.parse(
             {
                 "kind": kind,
@@ -57,7 +64,8 @@ class Model:
                 "dtype": dtype or self.dtype,
                 "max_model_len": max_model_len or self.context,
                 "tensor_parallel_size": tensor_parallel_size,
-                "engine_args": engine_args or {},
+                "engine_args": arguments,
+                "roofline": roofline,
             }
         )
 

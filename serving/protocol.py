@@ -41,12 +41,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The unit of a call to a replica."""
+    """The unit of a call to a replica; ``alone``: nothing else may run in the engine beside it."""
 
     requests: tuple[Request, ...]
     sampling: Sampling
     priority: int = BATCH_PRIORITY
     cache_salt: str | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class MicroBatchResult:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One reading of an engine; the three counters only grow while it lives."""
+    """One reading of an engine; ``steps`` and the token counters only grow while it lives."""
 
     running: int = 0
     waiting: int = 0
@@ -93,6 +94,7 @@ class EngineStats:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     output_tokens: int = 0
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ import asyncio
 import hashlib
 import heapq
 import itertools
+import os
 import random
+import signal
 import time
 from collections import OrderedDict
 from collections.abc import Sequence as Ids
@@ -42,12 +44,14 @@ class SimulatedEngine:
             versions={name: installed_version(name) for name in ("ray", "spanfill")},
         )
         self._scheduler = Scheduler(roofline)
+        self._roofline = roofline
         self._scale = roofline.time_scale
         self._instant = config.kind == "instant"
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._dead = False
-        self._output_tokens = 0
+        self._dead: EngineDeadError | None = None
+        self._hung = False
+        self._output_tokens = self._steps = 0
 
     @property
     def info(self) -> EngineInfo:
@@ -58,8 +62,7 @@ class SimulatedEngine:
         self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
     ) -> Result:
         """Noise that depends on the prompt, the seed and the sampling alone."""
-        if self._dead:
-            raise EngineDeadError("the simulated engine was shut down.")
+        await self._suffer(request)
         if len(request.token_ids) >= self._info.max_model_len:
             message = f"the prompt of {len(request.token_ids)} tokens leaves no room in {self._info.max_model_len}"
             return Result(request.key, error_code="engine_error", error_message=message)
@@ -68,8 +71,30 @@ class SimulatedEngine:
         if not self._instant:
             cached = sum(await asyncio.gather(*(self._timed(request, c, priority, cache_salt) for c in completions)))
         self._output_tokens += sum(len(c.token_ids) for c in completions)
+        self._steps += self._instant
         logprobs = [-1.0] * (len(request.token_ids) - 1) if sampling.prompt_logprobs else None
         return Result(request.key, completions, cached, logprobs)
+
+    async def _suffer(self, request: Request) -> None:
+        """The faults that this engine was told to have when a prompt holds certain tokens."""
+        if self._dead:
+            raise self._dead
+        if _holds(request.token_ids, self._roofline.kill_on):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if _holds(request.token_ids, self._roofline.crash_on):
+            self._die(EngineDeadError("the simulated engine crashed, as it was told to at these tokens."))
+            raise EngineDeadError("the simulated engine crashed, as it was told to at these tokens.")
+        if self._hung or _holds(request.token_ids, self._roofline.hang_on):
+            self._hung = True
+            await asyncio.Event().wait()
+
+    def _die(self, error: EngineDeadError) -> None:
+        self._dead = error
+        if self._task is not None:
+            self._task.cancel()
+        for sequence in (*self._scheduler.running, *(s for _, _, s in self._scheduler.waiting)):
+            if not sequence.done.done():
+                sequence.done.set_exception(EngineDeadError(error.message))
 
     async def _timed(self, request: Request, completion: Completion, priority: int, cache_salt: str | None) -> int:
         steps = len(completion.token_ids) + (completion.stop_token_id is not None)
@@ -94,7 +119,10 @@ class SimulatedEngine:
                 due = time.perf_counter()
             due += self._scheduler.step() / self._scale
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            if self._hung:
+                await asyncio.Event().wait()
             self._scheduler.finish_step()
+            self._steps += 1
 
     def stats(self) -> EngineStats:
         """The latest reading."""
@@ -106,18 +134,19 @@ class SimulatedEngine:
             s.queries,
             s.hits,
             self._output_tokens,
+            self._steps,
         )
 
     async def check_health(self) -> None:
-        """Raise ``EngineDeadError`` after ``shutdown`` or when the clock has failed."""
-        if self._dead or (self._task is not None and self._task.done()):
-            raise EngineDeadError("the simulated engine is dead.")
+        """Raise ``EngineDeadError`` after ``shutdown``, after a crash or when the clock has failed."""
+        if self._dead:
+            raise self._dead
+        if self._task is not None and self._task.done():
+            raise EngineDeadError("the simulated engine's clock has failed.")
 
     async def shutdown(self) -> None:
         """Stop the clock."""
-        self._dead = True
-        if self._task is not None:
-            self._task.cancel()
+        self._die(EngineDeadError("the simulated engine was shut down."))
 
 
 @dataclass(slots=True, eq=False)
@@ -231,6 +260,14 @@ class Scheduler:
             self._cache.move_to_end(block)
         while len(self._cache) * self._roofline.block_size > self._roofline.kv_cache_tokens:
             self._cache.popitem(last=False)
+
+
+def _holds(token_ids: Ids[int], wanted: Ids[int]) -> bool:
+    """Whether ``wanted``, if there is any, stands somewhere in ``token_ids``."""
+    if not wanted:
+        return False
+    ids, first, count = list(token_ids), list(wanted), len(wanted)
+    return any(ids[i : i + count] == first for i in range(len(ids) - count + 1) if ids[i] == first[0])
 
 
 def _noise(token_ids: Ids[int], seed: int, sampling: Sampling) -> Completion:

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
-from serving.fleet import LIFELINE_SECONDS, PRIVATE_PREFIX
+from serving.fleet import PRIVATE_PREFIX
+from serving.lifeline import LIFELINE_SECONDS
 from tests.conftest import WriteRows
 
 pytestmark = pytest.mark.engine

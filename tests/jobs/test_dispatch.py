@@ -2,10 +2,12 @@ import asyncio
 from collections import Counter
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from jobs import dispatch
-from jobs.dispatch import Dispatcher
-from serving.errors import EngineDeadError
+from jobs.dispatch import FREE_CALLS, Answer, Dispatcher
+from serving.errors import EngineDeadError, EngineGoneError, EngineHungError
+from serving.pace import Gate
 from serving.protocol import Completion, MicroBatch, MicroBatchResult, Request, Result, Sampling
 
 SAMPLING = Sampling(4)
@@ -13,51 +15,97 @@ SAMPLING = Sampling(4)
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(dispatch, "WAIT_SECONDS", (0.0,))
 
 
-def requests(count: int) -> list[Request]:
-    return [Request(key, [key]) for key in range(count)]
+def requests(count: int, first: int = 0) -> list[Request]:
+    return [Request(key, [key]) for key in range(first, first + count)]
 
 
 def answer(batch: MicroBatch) -> MicroBatchResult:
     return MicroBatchResult("r", tuple(Result(r.key, (Completion([r.key], "stop", 7),)) for r in batch.requests))
 
 
+def keys(answers: list[Answer]) -> list[int]:
+    return [answer.result.key for answer in answers]
+
+
 def test_a_lost_replica_costs_nothing_but_a_second_call() -> None:
-    calls: list[int] = []
+    calls: list[tuple[int, bool]] = []
 
     async def call(batch: MicroBatch) -> MicroBatchResult:
-        calls.append(len(batch.requests))
+        calls.append((len(batch.requests), batch.alone))
         if len(calls) == 1:
             raise EngineDeadError("gone")
         return answer(batch)
 
-    sent = Dispatcher(call, window=1, max_attempts=3)
-    results = asyncio.run(sent.send(requests(8), SAMPLING))
-    assert calls == [8, 8]
-    assert [result.key for _, result, _ in results] == list(range(8))
-    assert sent.retries == 1
+    answers = asyncio.run(Dispatcher(call, window=1, max_attempts=3).send(requests(8), SAMPLING))
+    assert calls == [(8, False), (8, False)]
+    assert keys(answers) == list(range(8))
+    assert {a.attempts for a in answers} == {2}
 
 
 @pytest.mark.parametrize("poison", [{3}, {0, 7}, {1, 2, 6}])
-def test_poison_is_isolated_and_its_neighbours_finish(poison: set[int]) -> None:
+@pytest.mark.parametrize("error", [EngineDeadError("segmentation fault"), EngineHungError("segmentation fault")])
+def test_poison_is_isolated_and_its_neighbours_finish(poison: set[int], error: EngineDeadError) -> None:
     alone: Counter[int] = Counter()
 
     async def call(batch: MicroBatch) -> MicroBatchResult:
-        keys = {r.key for r in batch.requests}
-        if len(keys) == 1:
-            alone.update(keys)
-        if keys & poison:
-            raise EngineDeadError("segmentation fault")
+        held = {r.key for r in batch.requests}
+        if len(held) == 1:
+            assert batch.alone
+            alone.update(held)
+        if held & poison:
+            raise error
         return answer(batch)
 
-    results = asyncio.run(Dispatcher(call, window=1, max_attempts=3).send(requests(8), SAMPLING))
-    assert [result.key for _, result, _ in results] == list(range(8))
-    failed = {result.key: result for _, result, _ in results if result.error_code}
+    answers = asyncio.run(Dispatcher(call, window=1, max_attempts=3).send(requests(8), SAMPLING))
+    assert keys(answers) == list(range(8))
+    failed = {a.result.key: a.result for a in answers if a.result.error_code}
     assert set(failed) == poison
-    assert all("segmentation fault" in (result.error_message or "") for result in failed.values())
+    assert {(r.error_code, r.error_message) for r in failed.values()} == {(error.code, "segmentation fault")}
     assert all(alone[key] == 3 for key in poison)
+
+
+def test_rows_beside_poison_in_one_engine_are_never_condemned() -> None:
+    """One engine; whatever is in it when the poison comes is lost with it, unless the caller wants to be alone."""
+    epoch = 0
+
+    async def main() -> list[Answer]:
+        gate = Gate()
+
+        async def call(batch: MicroBatch) -> MicroBatchResult:
+            nonlocal epoch
+            async with gate.enter(alone=batch.alone):
+                born = epoch
+                await asyncio.sleep(0)
+                epoch += 21 in {r.key for r in batch.requests}
+                await asyncio.sleep(0)
+                if epoch != born:
+                    raise EngineDeadError("died")
+                return answer(batch)
+
+        sent = Dispatcher(call, window=4, max_attempts=2)
+        found = await asyncio.gather(*(sent.send(requests(8, first), SAMPLING) for first in range(0, 80, 8)))
+        return [answer for answers in found for answer in answers]
+
+    answers = asyncio.run(main())
+    assert keys(answers) == list(range(80))
+    assert [a.result.key for a in answers if a.result.error_code] == [21]
+
+
+def test_an_engine_that_was_dead_before_is_no_evidence_against_the_rows() -> None:
+    calls = 0
+
+    async def call(batch: MicroBatch) -> MicroBatchResult:
+        nonlocal calls
+        calls += 1
+        if calls < 50:
+            raise EngineGoneError("was dead already")
+        return answer(batch)
+
+    answers = asyncio.run(Dispatcher(call, window=1, max_attempts=1).send(requests(1), SAMPLING))
+    assert (answers[0].result.error_code, answers[0].attempts) == (None, 1)
 
 
 def test_the_window_bounds_what_is_in_flight() -> None:
@@ -77,6 +125,50 @@ def test_the_window_bounds_what_is_in_flight() -> None:
 
     asyncio.run(main())
     assert most == 3
+
+
+def test_after_close_what_is_in_flight_is_answered_and_nothing_else_is_sent() -> None:
+    calls = 0
+
+    async def main() -> list[list[Answer]]:
+        release = asyncio.Event()
+
+        async def call(batch: MicroBatch) -> MicroBatchResult:
+            nonlocal calls
+            calls += 1
+            await release.wait()
+            return answer(batch)
+
+        sent = Dispatcher(call, window=2, max_attempts=1)
+        tasks = [asyncio.create_task(sent.send(requests(1), SAMPLING)) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        sent.close()
+        release.set()
+        return await asyncio.gather(*tasks)
+
+    assert [len(answers) for answers in asyncio.run(main())] == [1, 1, 0, 0, 0]
+    assert calls == 2
+
+
+def test_a_call_lost_after_close_is_not_sent_again() -> None:
+    async def main() -> list[Answer]:
+        async def call(batch: MicroBatch) -> MicroBatchResult:
+            sent.close()
+            raise EngineDeadError("pre-empted")
+
+        sent = Dispatcher(call, window=1, max_attempts=1)
+        return await sent.send(requests(4), SAMPLING)
+
+    assert asyncio.run(main()) == []
+    assert FREE_CALLS > 1
+
+
+def test_a_replicas_own_failure_is_told_with_its_last_line() -> None:
+    async def call(batch: MicroBatch) -> MicroBatchResult:
+        raise RayTaskError("generate", "Traceback\nValueError: odd", ValueError("odd"))
+
+    answers = asyncio.run(Dispatcher(call, window=1, max_attempts=3).send(requests(2), SAMPLING))
+    assert [(a.result.error_code, a.result.error_message) for a in answers] == [("replica_failed", "odd")] * 2
 
 
 def test_a_programming_error_is_not_swallowed() -> None:

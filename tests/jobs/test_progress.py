@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from jobs.ledger import Tally
 from jobs.progress import Display
 from jobs.runner import Progress
+from jobs.tally import Tally
 
 
 def told(*updates: Progress) -> str:

@@ -1,14 +1,16 @@
 """From a row to its seeds, and from an engine's answer to the columns of the output."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.ledger import Sample, Tally
+from jobs.journal import Sample
 from jobs.rows import PromptFacts, output_columns, row_seeds, to_samples
 from jobs.spec import JobSpec
+from jobs.tally import Tally
 from serving.formats import load_format
 from serving.protocol import Completion, Result
 
@@ -58,11 +60,11 @@ def test_an_end_by_length_or_by_another_control_token_is_told_apart() -> None:
 
 
 def test_an_engines_error_is_one_sample_and_logprobs_are_averaged() -> None:
-    (failed,) = to_samples(Result(3, error_code="engine_error", error_message="boom"), 9, attempts=2)
+    (failed,) = to_samples(Result(3, error_code="engine_error", error_message="boom"), 9, replica="r", attempts=2)
     assert (failed.row, failed.error_code, failed.error_message, failed.attempts) == (9, "engine_error", "boom", 2)
     done = Result(3, (Completion([1, 2], "stop", EOM, [-1.0, -3.0]), Completion([1], "length")))
-    samples = to_samples(done, 9, attempts=1)
-    assert [(s.sample, s.mean_logprob) for s in samples] == [(0, -2.0), (1, None)]
+    samples = to_samples(replace(done, cached_tokens=16), 9, replica="r", attempts=1)
+    assert [(s.sample, s.mean_logprob, s.cached_tokens) for s in samples] == [(0, -2.0, 16), (1, None, 0)]
 
 
 @given(st.text(max_size=20), st.text(max_size=20), st.integers(0, 2**62), st.integers(1, 5))

@@ -1,0 +1,200 @@
+"""Whose job it is: one runner at a time holds a folder's lease, and a dead one's is taken over.
+
+The lease is a row of numbered files. Taking it is the atomic creation of the next number, so of two who try one wins;
+the holder rewrites its own file every few seconds, and one that finds a higher number has lost the lease. A holder
+counts as dead when it lived on this machine and its process is gone, or when its file has not changed for
+``SILENT_SECONDS`` by the clock of whoever wants it: clocks of two machines are never compared.
+"""
+
+import json
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from jobs.store import Location, create, delete, list_files, publish_bytes, read_bytes
+from serving.errors import JobHeldError, LeaseLostError, StorageError
+
+BEAT_SECONDS = 5.0
+SILENT_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lease: a process of a machine, when it last wrote (seconds since 1970), and what it said then."""
+
+    host: str
+    machine: str
+    pid: int
+    born: float
+    token: str
+    since: float
+    beat: float
+    beats: int = 0
+    released: bool = False
+    told: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it released the lease, or was a process of this machine that is no more."""
+        if self.released:
+            return True
+        if self.machine != machine():
+            return False
+        try:
+            return bool(psutil.Process(self.pid).create_time() != self.born)
+        except psutil.NoSuchProcess:
+            return True
+
+
+def machine() -> str:
+    """What tells this machine, since its last boot and with its process numbers, from any other."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    namespace = Path("/proc/self/ns/pid")
+    return f"{boot.read_text().strip() if boot.exists() else uuid.getnode()} {namespace.resolve().name}"
+
+
+def read_holder(output: Location) -> Holder | None:
+    """The latest holder of a folder's lease, dead or alive; None where nobody ever held it."""
+    found = _latest(output)
+    return found[1] if found else None
+
+
+class Lease:
+    """A lease that is held; a thread renews it until ``release``."""
+
+    def __init__(self, output: Location, number: int, holder: Holder) -> None:
+        self._output = output
+        self._number = number
+        self._holder = holder
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._failure: LeaseLostError | StorageError | None = None
+        self._renewed = time.monotonic()
+        self._thread = threading.Thread(target=self._renew, name="spanfill-lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, output: Location, *, say: Callable[[str], None]) -> "Lease":
+        """Take the lease of ``output``, waiting for up to ``SILENT_SECONDS`` to see whether its holder is alive.
+
+        Raises ``JobHeldError`` naming the holder when it is, ``StorageError`` when nothing can be written there.
+        """
+        me = psutil.Process()
+        now = time.time()
+        holder = Holder(platform.node(), machine(), me.pid, me.create_time(), uuid.uuid4().hex, now, now)
+        found = _latest(output)
+        if found is not None:
+            number, before = found
+            if not before.is_gone:
+                say(f"{output} is held by {_words(before)}; waiting to see whether it is alive")
+                _wait_until_silent(output, number, before)
+            if not before.released:
+                say(f"taking over from {_words(before)}, which is gone")
+        number = found[0] + 1 if found else 1
+        if not create(_file(output, number), _dump(holder)):
+            raise _held(output, read_holder(output))
+        for old in _numbers(output):
+            if old < number:
+                delete(_file(output, old))
+        return cls(output, number, holder)
+
+    def tell(self, **told: Any) -> None:
+        """What the next renewal is to say of the job."""
+        with self._lock:
+            self._holder = replace(self._holder, told=told)
+
+    def check(self) -> None:
+        """Raise ``LeaseLostError`` if another runner has taken over, or may have by now."""
+        if self._failure is not None:
+            raise self._failure
+        if time.monotonic() - self._renewed > SILENT_SECONDS - BEAT_SECONDS:
+            raise LeaseLostError(
+                f"the lease of {self._output} could not be renewed for {SILENT_SECONDS - BEAT_SECONDS:.0f} s.",
+                remedy="What is done is kept; run again to resume.",
+            )
+
+    def release(self) -> None:
+        """Let go, saying so; a lease that is lost or cannot be written falls silent instead."""
+        self._ended.set()
+        self._thread.join()
+        if self._failure is None:
+            try:
+                self._write(released=True)
+            except (LeaseLostError, StorageError) as error:
+                self._failure = error
+
+    def _renew(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            began = time.monotonic()
+            try:
+                self._write()
+            except LeaseLostError as error:
+                self._failure = error
+                return
+            except StorageError:
+                continue  # Said by check() once it lasts; a full disk is said by what else is written there.
+            self._renewed = began
+
+    def _write(self, *, released: bool = False) -> None:
+        if max(_numbers(self._output), default=0) > self._number:
+            raise LeaseLostError(
+                f"{self._output} was taken over by {_words(read_holder(self._output))} while this runner was silent.",
+                remedy="Leave it to that one, or end it first and run again to resume.",
+            )
+        with self._lock:
+            self._holder = replace(self._holder, beat=time.time(), beats=self._holder.beats + 1, released=released)
+            data = _dump(self._holder)
+        publish_bytes(_file(self._output, self._number), data)
+
+
+def _file(output: Location, number: int) -> Location:
+    return output.join("_spanfill", "lease", f"{number:08d}.json")
+
+
+def _numbers(output: Location) -> list[int]:
+    names = (info.base_name.removesuffix(".json") for info in list_files(output.join("_spanfill", "lease")))
+    return [int(name) for name in names if name.isdigit()]
+
+
+def _latest(output: Location) -> tuple[int, Holder] | None:
+    while numbers := _numbers(output):
+        try:
+            return max(numbers), Holder(**json.loads(read_bytes(_file(output, max(numbers)))))
+        except FileNotFoundError:
+            continue  # Its successor removed it between the listing and the reading.
+        except (ValueError, TypeError):
+            return max(numbers), Holder("unknown", "", 0, 0.0, "", 0.0, 0.0, released=True)  # Damaged by somebody.
+    return None
+
+
+def _dump(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder), indent=1).encode()
+
+
+def _wait_until_silent(output: Location, number: int, before: Holder) -> None:
+    patience = time.monotonic() + SILENT_SECONDS
+    while time.monotonic() < patience:
+        time.sleep(0.5)
+        found = _latest(output)
+        if found is None or found[1].is_gone:
+            return
+        if found[0] != number or found[1].beats != before.beats:
+            raise _held(output, found[1])
+
+
+def _held(output: Location, holder: Holder | None) -> JobHeldError:
+    return JobHeldError(
+        f"{output} is being written by {_words(holder)}.",
+        remedy="Wait for it or end it; spanfill status tells how far it is. Or choose another --output.",
+    )
+
+
+def _words(holder: Holder | None) -> str:
+    return f"process {holder.pid} on {holder.host}" if holder else "another runner"

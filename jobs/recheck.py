@@ -1,0 +1,108 @@
+"""While a resumed job goes on, a look at what earlier runs finished: are its parts still what they were?"""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from jobs.digest import InputDigest
+from jobs.ledger import Ledger
+from jobs.plan import InputFile, Unit
+from jobs.reader import UnitReader
+from jobs.spec import ROLES, JobSpec
+from jobs.store import Location, patient
+from serving.errors import InputChangedError, SpanfillError
+
+WORKERS = 4
+BLOCK_BYTES = 4 << 20
+
+
+class Recheck:
+    """Compares each finished unit with its report in the background; what differs comes out of ``damaged``."""
+
+    def __init__(
+        self, ledger: Ledger, units: Sequence[Unit], spec: JobSpec, root: Location, files: Sequence[InputFile]
+    ) -> None:
+        self._ledger = ledger
+        self._spec = spec
+        self._root = root
+        self._files = files
+        self._then = {file.name: file for file in ledger.inputs()} if units else {}
+        self._damaged: queue.SimpleQueue[Unit] = queue.SimpleQueue()
+        self._failure: SpanfillError | None = None
+        self._thread = threading.Thread(target=self._run, args=(units,), name="spanfill-recheck", daemon=True)
+        self._thread.start()
+
+    def damaged(self) -> list[Unit]:
+        """The units found damaged since the last call, set aside by then; raises ``InputChangedError``."""
+        found: list[Unit] = []
+        while not self._damaged.empty():
+            found.append(self._damaged.get())
+        if self._failure is not None:
+            raise self._failure
+        return found
+
+    def wait(self) -> list[Unit]:
+        """``damaged`` once every unit was looked at."""
+        self._thread.join()
+        return self.damaged()
+
+    def _run(self, units: Sequence[Unit]) -> None:
+        try:
+            with ThreadPoolExecutor(WORKERS) as pool:
+                for unit, whole in zip(units, pool.map(self._is_whole, units), strict=True):
+                    if not whole:
+                        self._ledger.set_aside(unit.index)
+                        self._damaged.put(unit)
+        except SpanfillError as error:
+            self._failure = error
+
+    def _is_whole(self, unit: Unit) -> bool:
+        report = self._ledger.read_report(unit.index)
+        if report is None:
+            return False
+        if self._files and self._files[unit.file].modified != self._then[self._files[unit.file].name].modified:
+            file = self._files[unit.file]
+            if input_digest(self._root, file, unit, self._spec) != report.input:
+                raise InputChangedError(
+                    f"{file.name}, rows {unit.start} to {unit.stop}, is not what it was when they were generated.",
+                    remedy="Put the file back, or start anew with --overwrite.",
+                )
+        return all(sha256(self._ledger.output.join(*name.split("/"))) == told for name, told in report.sha256.items())
+
+
+def input_digest(root: Location, file: InputFile, unit: Unit, spec: JobSpec) -> str:
+    """The digest of a unit's rows as the input holds them now; raises ``InputChangedError`` if it cannot be read."""
+    columns = _columns(root, file, spec)
+    digest = InputDigest(columns)
+    for batch in UnitReader(root, columns).read(file, unit):
+        digest.add(batch)
+    return digest.hexdigest()
+
+
+def _columns(root: Location, file: InputFile, spec: JobSpec) -> list[str]:
+    import pyarrow.parquet as pq
+
+    def names() -> list[str]:
+        with root.fs.open_input_file(file.path) as source:
+            return list(pq.read_schema(source).names)
+
+    present = patient(root, names)
+    return [spec.column(role) for role in ROLES if spec.column(role) in present]
+
+
+def sha256(location: Location) -> str:
+    """The sha256 of a file, or an empty string when it is not there."""
+
+    def read() -> str:
+        digest = hashlib.sha256()
+        with location.fs.open_input_stream(location.path) as stream:
+            while block := stream.read(BLOCK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    try:
+        return patient(location, read)
+    except FileNotFoundError:
+        return ""

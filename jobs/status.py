@@ -1,0 +1,134 @@
+"""What a job's folder alone tells of the job: running, interrupted, finished or damaged, and how far it is."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jobs.lease import SILENT_SECONDS, Holder, read_holder
+from jobs.ledger import Ledger, read_job, read_manifest
+from jobs.plan import Unit
+from jobs.store import list_files, locate
+from jobs.tally import Tally
+from serving.errors import OutputError
+
+State = Literal["running", "interrupted", "finished", "damaged"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """One reading; ``rows`` counts input rows that need not be generated again, ``eta_seconds`` is None when unknown.
+
+    ``rows_per_second`` is that of the run under way or of the last one. ``heartbeat_age`` is in seconds by this
+    machine's clock.
+    """
+
+    state: State
+    rows: int = 0
+    total_rows: int = 0
+    parts: int = 0
+    total_parts: int = 0
+    rows_per_second: float = 0.0
+    eta_seconds: float | None = None
+    errors: int = 0
+    error_codes: dict[str, int] = field(default_factory=dict)
+    host: str | None = None
+    pid: int | None = None
+    heartbeat_age: float | None = None
+    problems: tuple[str, ...] = ()
+
+
+def read_status(folder: str) -> Status:
+    """The status of a job's output folder.
+
+    Raises ``OutputError`` when it holds no job, ``VersionError`` when another format's.
+    """
+    output = locate(folder)
+    ledger = Ledger(output, read_job(output)["fingerprint"])
+    holder = read_holder(output)
+    try:
+        units, manifest = ledger.planned(), read_manifest(output)
+    except OutputError as error:
+        return Status("damaged" if not _is_alive(holder) else "running", problems=(error.message,), **_who(holder))
+    if manifest is not None:
+        return _finished(ledger, manifest, units, holder)
+    return _unfinished(ledger, units, holder)
+
+
+def _finished(ledger: Ledger, manifest: dict[str, Any], units: Sequence[Unit], holder: Holder | None) -> Status:
+    sizes = {
+        f"{folder}/{info.base_name}": info.size for folder in ("data", "errors") for info in _files(ledger, folder)
+    }
+    problems = [
+        f"{name} is missing" if name not in sizes else f"{name} has {sizes[name]} bytes, not {size}"
+        for name, size in manifest["bytes"].items()
+        if sizes.get(name) != size
+    ]
+    rows = sum(unit.rows for unit in units if unit.retries < 0)
+    return Status(
+        "damaged" if problems else "finished",
+        rows=rows,
+        total_rows=rows,
+        parts=len(units),
+        total_parts=len(units),
+        rows_per_second=manifest["rows_per_second"],
+        eta_seconds=0.0,
+        errors=manifest["errors"],
+        error_codes=manifest["error_codes"],
+        problems=tuple(problems),
+        **_who(holder),
+    )
+
+
+def _unfinished(ledger: Ledger, units: Sequence[Unit], holder: Holder | None) -> Status:
+    done = ledger.done()
+    alive = _is_alive(holder)
+    told = holder.told if holder else {}
+    reports = {int(info.base_name.split(".")[0]) for info in _files(ledger, "_spanfill/reports")}
+    problems = [f"part {index} has no report" for index in sorted(done - reports)]
+    rows, codes = told.get("rows", 0), told.get("error_codes", {})
+    if not alive:
+        tally = _done(ledger, units, done)
+        rows, codes = tally.rows, tally.error_codes
+    total = sum(unit.rows for unit in units if unit.retries < 0)
+    speed = float(told.get("rows_per_second", 0.0))
+    return Status(
+        "damaged" if problems else "running" if alive else "interrupted",
+        rows=rows,
+        total_rows=total,
+        parts=len(done),
+        total_parts=len(units),
+        rows_per_second=speed,
+        eta_seconds=(total - rows) / speed if alive and speed else None,
+        errors=sum(codes.values()),
+        error_codes=codes,
+        problems=tuple(problems),
+        **_who(holder),
+    )
+
+
+def _done(ledger: Ledger, units: Sequence[Unit], done: set[int]) -> Tally:
+    """Rows and errors of the finished parts and of the journals of those under way."""
+    total = Tally()
+    for report in ledger.try_reports(sorted(done)):
+        if report is not None:
+            total.add(Tally(rows=report.tally.rows, error_codes=report.tally.error_codes))
+    for unit in units:
+        if unit.index not in done:
+            rows, codes = ledger.journal(unit.index).peek()
+            total.add(Tally(rows=rows, error_codes=codes))
+    return total
+
+
+def _files(ledger: Ledger, folder: str) -> list[Any]:
+    return list_files(ledger.output.join(*folder.split("/")))
+
+
+def _is_alive(holder: Holder | None) -> bool:
+    return holder is not None and not holder.is_gone and time.time() - holder.beat < SILENT_SECONDS
+
+
+def _who(holder: Holder | None) -> dict[str, Any]:
+    if holder is None:
+        return {}
+    return {"host": holder.host, "pid": holder.pid, "heartbeat_age": round(max(0.0, time.time() - holder.beat), 1)}

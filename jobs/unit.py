@@ -1,0 +1,271 @@
+"""One unit's way from its rows to its part: read, tokenise, order, answer, journal, write. No engine, no event loop."""
+
+import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.digest import InputDigest
+from jobs.journal import Sample
+from jobs.ledger import Ledger, Report
+from jobs.order import cut, prefix_order, sort_key
+from jobs.plan import InputFile, Unit
+from jobs.reader import UnitReader, texts
+from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, to_samples
+from jobs.spec import ROLES, JobSpec
+from jobs.store import Location, exists, patient
+from jobs.tally import Tally, count
+from jobs.writer import error_columns, part_writer, passed_through
+from serving.errors import InputChangedError
+from serving.formats import Format, Prompt
+from serving.protocol import Request, Result
+
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class FeederConfig:
+    """What every feeder of a job needs; picklable."""
+
+    spec: JobSpec
+    input: Location
+    output: Location
+    fingerprint: str
+    format: str
+    tokenizer: str
+    max_model_len: int
+    schema: pa.Schema
+    kept: tuple[str, ...]
+    metadata: dict[str, Any]
+
+
+class UnitWork:
+    """A unit under way; ``live`` are the sums over its rows answered so far. Rows are counted within the unit."""
+
+    def __init__(self, config: FeederConfig, fmt: Format, unit: Unit, file: InputFile) -> None:
+        self.unit = unit
+        self.live = Tally()
+        self.said: list[str] = []
+        self.examples: list[dict[str, str]] = []
+        self._config = config
+        self._spec = config.spec
+        self._format = fmt
+        self._file = file
+        self._ledger = Ledger(config.output, config.fingerprint)
+        self._journal = self._ledger.journal(unit.index)
+        self._facts: list[PromptFacts | None] = []
+        self._prompts: list[array.array[int] | None] = []
+        self._seeds: list[tuple[int, ...]] = []
+        self._samples: dict[int, list[Sample]] = {}
+        self._journaled: set[int] = set()
+        self._wanted: set[int] | None = None
+        self._repeated_ids = 0
+        self._digest = ""
+
+    @property
+    def missing(self) -> int:
+        """Rows without an answer."""
+        return (self.unit.rows if self._wanted is None else len(self._wanted)) - len(self._samples)
+
+    def prepare(self, reader: UnitReader) -> None:
+        """Replay the journal, read the rows and make the prompts of those that are not answered.
+
+        Raises ``InputChangedError`` when the journal was made from other rows.
+        """
+        if self.unit.retries >= 0:
+            self._wanted = self._error_rows(self.unit.retries)
+        digests = self._replay()
+        digest, ids = InputDigest(self._digested), set[Any]()
+        for batch in reader.read(self._file, self.unit):
+            digest.add(batch)
+            self._prepare_batch(batch, ids)
+        self._digest = digest.hexdigest()
+        if digests - {self._digest}:
+            raise self._changed("when this job began")
+
+    @property
+    def _digested(self) -> list[str]:
+        return [n for role in ROLES if (n := self._spec.column(role)) in self._config.schema.names]
+
+    def _changed(self, when: str) -> InputChangedError:
+        return InputChangedError(
+            f"{self._file.name}, rows {self.unit.start} to {self.unit.stop}, is not what it was {when}.",
+            remedy="Put the file back and run again to resume, or start anew with --overwrite.",
+        )
+
+    def _error_rows(self, unit: int) -> set[int]:
+        failed, retried = self._ledger.errors(unit), self._ledger.retried(unit)
+        location = failed if exists(failed) else retried
+
+        def read() -> pa.Table:
+            with location.fs.open_input_file(location.path) as source:
+                return pq.read_table(source, columns=["source_row"])
+
+        return {row - self.unit.start for row in patient(location, read).column("source_row").to_pylist()}
+
+    def _replay(self) -> set[str]:
+        replay = self._journal.replay()
+        self.said += [
+            f"journal segment {name} is damaged; it was set aside and its rows run again" for name in replay.damaged
+        ]
+        found: dict[int, list[Sample]] = {}
+        for sample in replay.samples:
+            found.setdefault(sample.row - self.unit.start, []).append(sample)
+        for row, samples in found.items():
+            failed = samples[0].error_code is not None
+            again = failed and self._spec.retry_errors and self.unit.retries < 0
+            if not again and (failed or len(samples) == self._spec.n):
+                self._samples[row] = sorted(samples, key=lambda s: s.sample)
+        self._journaled = set(self._samples)
+        self.live.replayed = len(self._samples)
+        return replay.digests
+
+    def _prepare_batch(self, batch: pa.RecordBatch, seen: set[Any]) -> None:
+        prompts = row_prompts(self._spec, self._format, self._config.max_model_len, batch)
+        name = self._spec.column("id")
+        ids = batch.column(name).to_pylist() if name in batch.schema.names else [None] * batch.num_rows
+        for prompt, identity in zip(prompts, ids, strict=True):
+            row = len(self._facts)
+            source = self.unit.start + row
+            if self._wanted is not None and row not in self._wanted:
+                self._facts.append(None)
+                self._prompts.append(None)
+            elif isinstance(prompt, Prompt):
+                length = len(prompt.token_ids)
+                self._facts.append(PromptFacts(length, prompt.prefix_chars, prompt.suffix_chars, prompt.truncated))
+                self._prompts.append(None if row in self._samples else array.array("i", prompt.token_ids))
+            else:
+                self._facts.append(None)
+                self._prompts.append(None)
+                error = Sample(source, 0, [], error_code=prompt.code, error_message=str(prompt), attempts=0)
+                self._samples.setdefault(row, [error])
+            if row in self._samples:
+                self._count(row)
+            if identity is not None:
+                self._repeated_ids += identity in seen
+                seen.add(identity)
+            key = f"{self._file.name}:{source}" if identity is None else str(identity)
+            self._seeds.append(row_seeds(self._spec, key, source))
+
+    def micro_batches(self) -> list[list[int]]:
+        """The rows without an answer, in the order in which they are sent, cut where they share the least."""
+        rows = [row for row, prompt in enumerate(self._prompts) if prompt is not None]
+        size = self._spec.batch_rows
+        if self._spec.order == "input":
+            return [rows[i : i + size] for i in range(0, len(rows), size)]
+        keys = [sort_key(prompt) for row in rows if (prompt := self._prompts[row]) is not None]
+        return [[rows[i] for i in batch] for batch in cut(keys, prefix_order(keys), size)]
+
+    def requests(self, rows: list[int]) -> list[Request]:
+        """What the engine is asked for these rows."""
+        return [Request(row, self._prompts[row] or (), self._seeds[row]) for row in rows]
+
+    def answer(self, result: Result, *, replica: str, attempts: int) -> None:
+        """Keep the engine's answer to one row."""
+        row = result.key
+        self._prompts[row] = None
+        self._samples[row] = to_samples(result, self.unit.start + row, replica=replica, attempts=attempts)
+        self._count(row)
+
+    def _count(self, row: int) -> None:
+        live, samples, fact = self.live, self._samples[row], self._facts[row]
+        live.rows += 1
+        if samples[0].error_code is not None:
+            live.errors += 1
+            count(live.error_codes, samples[0].error_code)
+            return
+        _count_engine(live, samples)
+        live.prompt_tokens += (fact.prompt_tokens if fact else 0) * len(samples)
+        live.truncated += bool(fact and fact.truncated) * len(samples)
+        for sample in samples:
+            live.samples += 1
+            live.completion_tokens += len(sample.token_ids)
+            live.empty += not sample.token_ids
+            count(live.finish_reasons, self._format.finish_reason(sample.stop_token_id))
+        if len(self.examples) < EXAMPLES and samples[0].token_ids:
+            infill = self._format.infill(samples[0].token_ids, stop_token_id=samples[0].stop_token_id)
+            self.examples.append({"row": str(samples[0].row), "infill": infill.text, "reason": infill.finish_reason})
+
+    def publish_journal(self) -> None:
+        """Publish the rows that were answered since the last time; raises ``StorageError``."""
+        rows = [row for row in list(self._samples) if row not in self._journaled]
+        self._journal.publish([sample for row in rows for sample in self._samples[row]], self._digest)
+        self._journaled.update(rows)
+
+    def finish(self) -> Tally:
+        """Write error rows, report and part, in this order, then forget the journal; returns the unit's sums.
+
+        The rows are read a second time; raises ``InputChangedError`` if they are others now, ``StorageError`` if
+        something cannot be written.
+        """
+        theirs = self._ledger.read_report(self.unit.index) if exists(self._ledger.part(self.unit.index)) else None
+        if theirs is not None:
+            return theirs.tally  # A runner that was thought dead has finished this unit: its part never changes.
+        tally, files = Tally(replayed=self.live.replayed, repeated_ids=self._repeated_ids), dict[str, tuple[str, int]]()
+        part, errors = self._ledger.part(self.unit.index), self._ledger.errors(self.unit.index)
+        compression, metadata = self._spec.compression, self._config.metadata
+        if any(samples[0].error_code is not None for samples in self._samples.values()):
+            with part_writer(errors, compression, metadata) as writer:
+                for batch, first in self._batches():
+                    writer.write(self._error_table(batch, first, tally))
+                files[f"errors/{errors.name}"] = writer.close()
+        with part_writer(part, compression, metadata, once=True) as writer:
+            for batch, first in self._batches():
+                writer.write(self._table(batch, first, tally))
+            files[f"data/{part.name}"] = writer.close()
+            tally.rows = len(self._samples)
+            digests = {name: digest for name, (digest, _) in files.items()}
+            sizes = {name: size for name, (_, size) in files.items()}
+            self._ledger.write_report(self.unit.index, Report(tally, digests, sizes, self._digest))
+        self._journal.drop()
+        return tally
+
+    def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
+        if self.unit.rows == 0:
+            yield pa.RecordBatch.from_pylist([], self._config.schema), 0
+        first, digest = 0, InputDigest(self._digested)
+        for batch in UnitReader(self._config.input, self._config.schema.names).read(self._file, self.unit):
+            digest.add(batch)
+            yield batch, first
+            first += batch.num_rows
+        if digest.hexdigest() != self._digest:
+            raise self._changed("when its prompts were made")
+
+    def _table(self, batch: pa.RecordBatch, first: int, tally: Tally) -> pa.Table:
+        spec = self._spec
+        prefixes = texts(batch.column(spec.column("prefix")))
+        suffix = spec.column("suffix")
+        suffixes = texts(batch.column(suffix)) if suffix in batch.schema.names else [None] * batch.num_rows
+        rows, samples, facts, pairs = list[int](), list[Sample](), list[PromptFacts](), list[Any]()
+        for row in range(batch.num_rows):
+            fact, found = self._facts[first + row], self._samples.get(first + row)
+            if fact is None or found is None or found[0].error_code is not None:
+                continue
+            _count_engine(tally, found)
+            rows += [row] * len(found)
+            samples += found
+            facts += [fact] * len(found)
+            pairs += [(prefixes[row], suffixes[row])] * len(found)
+        added = output_columns(spec, self._format, facts, pairs, samples, self._file.name, tally)
+        return pa.table(passed_through(batch, self._config.kept, rows) | added)
+
+    def _error_table(self, batch: pa.RecordBatch, first: int, tally: Tally) -> pa.Table:
+        rows, samples = list[int](), list[Sample]()
+        for row in range(batch.num_rows):
+            found = self._samples.get(first + row)
+            if found is None or found[0].error_code is None:
+                continue
+            rows.append(row)
+            samples.append(found[0])
+            tally.errors += 1
+            count(tally.error_codes, found[0].error_code)
+        return pa.table(error_columns(batch, self._config.kept, rows, samples, self._file.name))
+
+
+def _count_engine(tally: Tally, samples: list[Sample]) -> None:
+    """What a row's samples say of the engine that made them."""
+    tally.cached_tokens += samples[0].cached_tokens
+    count(tally.replicas, samples[0].replica)

@@ -1,0 +1,167 @@
+"""Every part of a job against its manifest and its input: nothing lost, nothing doubled, nothing changed, in order."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.digest import InputDigest
+from jobs.ledger import Ledger, Report, read_job, read_manifest
+from jobs.plan import InputFile, Unit
+from jobs.reader import UnitReader, find_input
+from jobs.recheck import sha256
+from jobs.spec import ROLES, JobSpec
+from jobs.store import Location, exists, list_files, locate, patient
+from serving.errors import InputError, SpanfillError
+
+
+@dataclass
+class Verdict:
+    """What was looked at and what is wrong; ``finished`` says whether there was a manifest to compare with."""
+
+    finished: bool
+    parts: int = 0
+    rows: int = 0
+    errors: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(folder: str) -> Verdict:
+    """Check every finished part of a job's folder; reads all of its output and, of its input, what made the prompts.
+
+    Raises ``OutputError`` when the folder holds no job, ``InputError`` when its input is gone.
+    """
+    output = locate(folder)
+    job = read_job(output)
+    ledger, manifest = Ledger(output, job["fingerprint"]), read_manifest(output)
+    units, done = ledger.planned(), ledger.done()
+    verdict = Verdict(finished=manifest is not None)
+    try:
+        check = _Check(ledger, JobSpec.model_validate(job["spec"]), verdict)
+    except InputError as error:
+        raise InputError(f"the input cannot be compared: {error.message}", remedy=error.remedy) from error
+    for unit in units:
+        if unit.index in done:
+            check.unit(unit)
+        elif manifest is not None:
+            verdict.problems.append(f"{ledger.part(unit.index).name} is missing")
+    if manifest is not None:
+        verdict.problems += _against_manifest(ledger, manifest, verdict)
+    return verdict
+
+
+def _against_manifest(ledger: Ledger, manifest: dict[str, Any], verdict: Verdict) -> Iterator[str]:
+    listed, there = set(manifest["parts"]), set[str]()
+    for name in ("data", "errors"):
+        there |= {f"{name}/{info.base_name}" for info in list_files(ledger.output.join(name))}
+    yield from (f"{name} is not in the manifest" for name in sorted(there - listed))
+    for name, told in manifest["parts"].items():
+        if name in there and sha256(ledger.output.join(*name.split("/"))) != told:
+            yield f"{name} is not what the manifest says (sha256)"
+    for name, found in (("rows", verdict.rows), ("errors", verdict.errors)):
+        if manifest[name] != found:
+            yield f"the manifest says {manifest[name]} {name}, the files hold {found}"
+
+
+class _Check:
+    """Compares units with the input of a job."""
+
+    def __init__(self, ledger: Ledger, spec: JobSpec, verdict: Verdict) -> None:
+        self._ledger = ledger
+        self._spec = spec
+        self._verdict = verdict
+        self._then = ledger.inputs()
+        self._inputs = find_input(spec.input)
+        self._now = {file.name: file for file in self._inputs.files}
+        present = self._inputs.schema.names
+        self._roles = [spec.column(role) for role in ROLES if spec.column(role) in present]
+        kept = present if spec.keep_columns is None else spec.keep_columns
+        named = [n for n in (spec.column("id"), spec.column("prefix")) if n in kept and n in present]
+        self._key = named[0] if named else None
+
+    def unit(self, unit: Unit) -> None:
+        """Look at one finished unit's files."""
+        self._verdict.parts += 1
+        part = self._ledger.part(unit.index)
+        try:
+            problems = list(self._problems(unit, part))
+        except (SpanfillError, OSError, pa.ArrowException) as error:
+            problems = [f"{part.name}: {error}"]
+        self._verdict.problems += problems
+
+    def _problems(self, unit: Unit, part: Location) -> Iterator[str]:
+        report = self._ledger.read_report(unit.index)
+        if report is None:
+            yield f"{part.name} has no readable report"
+            return
+        yield from self._changed(report)
+        digest, keys = self._input(unit)
+        if digest != report.input:
+            yield f"{part.name}: its input's rows are not what they were when it was made"
+        failed = self._failed(unit.index)
+        wanted = range(unit.start, unit.stop) if unit.retries < 0 else sorted(self._failed(unit.retries))
+        expected = [row for row in wanted if row not in failed]
+        columns = ["sample", *([self._key] if self._key else [])]
+        table = _read(part, columns)
+        self._verdict.rows += table.num_rows
+        self._verdict.errors += len(failed) if exists(self._ledger.errors(unit.index)) else 0
+        samples = list(range(self._spec.n)) * len(expected)
+        if table.num_rows != len(samples):
+            yield f"{part.name} holds {table.num_rows} rows, not {len(samples)}"
+        elif table.column("sample").to_pylist() != samples:
+            yield f"{part.name}: its samples are out of order"
+        elif self._key and _values(table, self._key) != [
+            keys[row - unit.start] for row in expected for _ in range(self._spec.n)
+        ]:
+            yield f"{part.name}: column {self._key} is not that of input rows {unit.start} to {unit.stop}, in order"
+
+    def _changed(self, report: Report) -> Iterator[str]:
+        for name, told in report.sha256.items():
+            if (found := sha256(self._ledger.output.join(*name.split("/")))) != told:
+                yield f"{name} is not what was written (sha256)" if found else f"{name} is missing"
+
+    def _failed(self, unit: int) -> set[int]:
+        """Rows of the input file that a unit could not do, whether they were retried or not."""
+        for location in (self._ledger.errors(unit), self._ledger.retried(unit)):
+            if exists(location):
+                return set(_read(location, ["source_row"]).column("source_row").to_pylist())
+        return set()
+
+    def _input(self, unit: Unit) -> tuple[str, Sequence[Any]]:
+        digest, keys = InputDigest(self._roles), list[Any]()
+        for batch in self._rows(unit):
+            digest.add(batch)
+            if self._key:
+                keys += _values(pa.Table.from_batches([batch]), self._key)
+        return digest.hexdigest(), keys
+
+    def _rows(self, unit: Unit) -> Iterator[pa.RecordBatch]:
+        if not self._then or unit.rows == 0:
+            return iter(())
+        file: InputFile | None = self._now.get(self._then[unit.file].name)
+        if file is None:
+            raise InputError(f"{self._then[unit.file].name} is gone.", remedy="Put it back to verify its rows.")
+        columns = list(dict.fromkeys([*self._roles, *([self._key] if self._key else [])]))
+        return UnitReader(self._inputs.root, columns).read(file, unit)
+
+
+def _read(location: Location, columns: Sequence[str]) -> pa.Table:
+    def read() -> pa.Table:
+        with location.fs.open_input_file(location.path) as source:
+            return pq.read_table(source, columns=list(columns))
+
+    return patient(location, read)
+
+
+def _values(table: pa.Table, name: str) -> list[Any]:
+    """A column's values, texts as their bytes: what is not UTF-8 must compare too."""
+    column = table.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
+    if pa.types.is_string_view(column.type):
+        column = column.cast(pa.binary_view())
+    return list(column.to_pylist())
