@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.journal import Sample
-from jobs.reader import texts
+from jobs.reader import is_text, texts
 from jobs.spec import JobSpec
 from jobs.tally import Tally, count
 from serving.errors import InputError, SpanfillError
@@ -35,6 +35,15 @@ def row_seeds(spec: JobSpec, identity: str, row: int) -> tuple[int, ...]:
     return tuple(int.from_bytes(hashlib.blake2b(t.encode(), digest_size=8).digest()) >> 1 for t in texts)
 
 
+def row_ids(spec: JobSpec, batch: pa.RecordBatch) -> list[Any]:
+    """Each row's id, None where it has none; one that is not UTF-8 is the error that decoding it gave."""
+    name = spec.column("id")
+    if name not in batch.schema.names:
+        return [None] * batch.num_rows
+    column = batch.column(name)
+    return list(texts(column) if is_text(column.type) else column.to_pylist())
+
+
 def row_prompts(spec: JobSpec, fmt: Format, max_context: int, batch: pa.RecordBatch) -> list[Prompt | SpanfillError]:
     """The prompt of each row of a batch, or the error that makes it an error row."""
     pairs: list[tuple[str, str | None]] = []
@@ -42,8 +51,12 @@ def row_prompts(spec: JobSpec, fmt: Format, max_context: int, batch: pa.RecordBa
     prefixes = texts(batch.column(spec.column("prefix")))
     suffix = spec.column("suffix")
     suffixes = texts(batch.column(suffix)) if suffix in batch.schema.names else [None] * batch.num_rows
-    for row, (before, after) in enumerate(zip(prefixes, suffixes, strict=True)):
-        error = _text_error(spec.column("prefix"), before, required=True) or _text_error(suffix, after, required=False)
+    for row, (before, after, identity) in enumerate(zip(prefixes, suffixes, row_ids(spec, batch), strict=True)):
+        error = (
+            _text_error(spec.column("prefix"), before, required=True)
+            or _text_error(suffix, after, required=False)
+            or _text_error(spec.column("id"), identity, required=False)
+        )
         if error is not None:
             errors[row] = error
         pairs.append(("", "") if error is not None else (before, after))  # type: ignore[arg-type]

@@ -29,7 +29,6 @@ from serving.errors import SpanfillError, TooManyErrorsError
 ROWS_AHEAD = 2
 """Rows in flight for each place in an engine's batch, so that a finished row's successor already waits there."""
 
-MIN_ROWS_FOR_ERROR_RATE = 100
 POLL_SECONDS = 0.2
 DRAIN_SECONDS = 10.0
 """What is in flight may finish for so long after a signal or a failure: less than the 30 s of a spot pre-emption."""
@@ -236,10 +235,10 @@ def _tell(run: _Run, crew: Crew) -> None:
 
 
 def _check_errors(spec: JobSpec, tally: Tally) -> None:
-    if tally.rows >= MIN_ROWS_FOR_ERROR_RATE and tally.errors > spec.max_error_rate * tally.rows:
+    if tally.error_share > spec.max_error_rate:
         codes = ", ".join(f"{code}: {count}" for code, count in sorted(tally.error_codes.items()))
         raise TooManyErrorsError(
-            f"{tally.errors} of {tally.rows} rows failed ({codes}), beyond --max-error-rate {spec.max_error_rate:g}.",
+            f"{tally.error_share:.1%} of the rows fail ({codes}), beyond --max-error-rate {spec.max_error_rate:g}.",
             remedy="Mend the cause and run again to resume, or raise --max-error-rate.",
         )
 

@@ -2,13 +2,21 @@
 
 from dataclasses import dataclass, field, fields
 
+LEAST_ROWS = 100
+
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over rows; two add up. ``replayed`` counts the rows among ``rows`` that came from the journal."""
+    """Sums over rows; two add up.
+
+    ``replayed`` counts the rows among ``rows`` that came from the journal, ``prepared`` those whose prompt was made or
+    could not be made, ``refused`` the latter: no engine ever saw them.
+    """
 
     rows: int = 0
     replayed: int = 0
+    prepared: int = 0
+    refused: int = 0
     errors: int = 0
     samples: int = 0
     prompt_tokens: int = 0
@@ -32,6 +40,17 @@ class Tally:
             else:
                 setattr(self, f.name, mine + theirs)
         return self
+
+    @property
+    def error_share(self) -> float:
+        """The share of error rows to expect: of refused rows among those prepared, plus of failed among those asked.
+
+        The two run apart, since rows are prepared long before an engine has answered as many. A part with fewer than
+        ``LEAST_ROWS`` tells nothing yet.
+        """
+        asked, failed = self.rows - self.refused, self.errors - self.refused
+        shares = ((self.refused, self.prepared), (failed, asked))
+        return sum(bad / of for bad, of in shares if of >= LEAST_ROWS)
 
 
 def count(counts: dict[str, int], key: str) -> None:

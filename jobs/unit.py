@@ -14,7 +14,7 @@ from jobs.ledger import Ledger, Report
 from jobs.order import cut, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader, texts
-from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, to_samples
+from jobs.rows import PromptFacts, output_columns, row_ids, row_prompts, row_seeds, to_samples
 from jobs.spec import ROLES, JobSpec
 from jobs.store import Location, exists, patient
 from jobs.tally import Tally, count
@@ -125,9 +125,7 @@ class UnitWork:
 
     def _prepare_batch(self, batch: pa.RecordBatch, seen: set[Any]) -> None:
         prompts = row_prompts(self._spec, self._format, self._config.max_model_len, batch)
-        name = self._spec.column("id")
-        ids = batch.column(name).to_pylist() if name in batch.schema.names else [None] * batch.num_rows
-        for prompt, identity in zip(prompts, ids, strict=True):
+        for prompt, identity in zip(prompts, row_ids(self._spec, batch), strict=True):
             row = len(self._facts)
             source = self.unit.start + row
             if self._wanted is not None and row not in self._wanted:
@@ -142,12 +140,13 @@ class UnitWork:
                 self._prompts.append(None)
                 error = Sample(source, 0, [], error_code=prompt.code, error_message=str(prompt), attempts=0)
                 self._samples.setdefault(row, [error])
+            self.live.prepared += self._wanted is None or row in self._wanted
             if row in self._samples:
                 self._count(row)
-            if identity is not None:
+            if isinstance(identity, str | int):
                 self._repeated_ids += identity in seen
                 seen.add(identity)
-            key = f"{self._file.name}:{source}" if identity is None else str(identity)
+            key = str(identity) if isinstance(identity, str | int) else f"{self._file.name}:{source}"
             self._seeds.append(row_seeds(self._spec, key, source))
 
     def micro_batches(self) -> list[list[int]]:
@@ -175,6 +174,7 @@ class UnitWork:
         live.rows += 1
         if samples[0].error_code is not None:
             live.errors += 1
+            live.refused += samples[0].attempts == 0
             count(live.error_codes, samples[0].error_code)
             return
         _count_engine(live, samples)
@@ -216,7 +216,7 @@ class UnitWork:
             for batch, first in self._batches():
                 writer.write(self._table(batch, first, tally))
             files[f"data/{part.name}"] = writer.close()
-            tally.rows = len(self._samples)
+            tally.rows = tally.prepared = len(self._samples)
             digests = {name: digest for name, (digest, _) in files.items()}
             sizes = {name: size for name, (_, size) in files.items()}
             self._ledger.write_report(self.unit.index, Report(tally, digests, sizes, self._digest))
@@ -261,6 +261,7 @@ class UnitWork:
             rows.append(row)
             samples.append(found[0])
             tally.errors += 1
+            tally.refused += found[0].attempts == 0
             count(tally.error_codes, found[0].error_code)
         return pa.table(error_columns(batch, self._config.kept, rows, samples, self._file.name))
 

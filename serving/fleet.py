@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import os
+import signal
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import ray
 from ray import serve
@@ -25,13 +27,12 @@ PRIVATE_PREFIX = "spanfill-run-"
 """Applications of this name belong to one job and are never joined by another."""
 
 RESOURCE_WAIT_SECONDS = 60.0
+KNOCK_SECONDS = 10.0
 LOOK_SECONDS = 2.0
 QUIET_SECONDS = 30.0
 """A job whose rows have not grown for this long asks whether its engines run."""
 
 HOPELESS_SECONDS = 900.0
-ORPHAN_SECONDS = 15
-"""What a killed command started on this machine ends itself after this long."""
 
 
 @contextmanager
@@ -47,17 +48,39 @@ def connected() -> Iterator[bool]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 512 << 20}
-    local["_system_config"] = {"gcs_rpc_server_reconnect_timeout_s": ORPHAN_SECONDS}
+    local = {} if address else {"include_dashboard": False, "object_store_memory": 512 << 20}
     try:
-        ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **({} if address else local))
-    except ConnectionError as error:
-        raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}", remedy="Check the address, or unset it.") from error
+        _knock(address or "local")
+        with _own_signal_handlers():
+            ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **local)
+    except OSError as error:
+        raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}.", remedy="Check the address, or unset it.") from error
     try:
         _start_serve(**({} if address else {"proxy_location": "Disabled"}))
         yield not address
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise ``OSError`` when nothing listens at ``host:port``, which Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Keep the caller's handlers: ``ray.init`` sets one of its own, which ends the process at SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _start_serve(**options: str) -> None:

@@ -1,0 +1,141 @@
+"""A job's processes are killed at random moments (seeded); the output is what an undisturbed run would have written.
+
+The simulated engine has the volume: some 300 rows a second on the clock of an H100.
+"""
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs import JobSpec, run_job
+from jobs.verify import verify
+from tests.runs import contents, journaled, rows, running, write_pairs
+
+pytestmark = pytest.mark.engine
+COUNT = 6_000
+REPEATED_SECONDS = 10
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The input of every test here."""
+    return write_pairs(tmp_path_factory.mktemp("kills") / "rows.parquet", COUNT)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The parts of a run that nobody disturbed."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    values = {"input": str(source), "output": str(output), "engine": "simulated", "engine_args": {"time_scale": 100}}
+    run_job(JobSpec.parse(values | {"max_tokens": 32, "rows_per_part": 1_500}))
+    return contents(output)
+
+
+@pytest.fixture
+def options(source: Path, tmp_path: Path) -> list[object]:
+    """Of the command; without the output it is the undisturbed run's job."""
+    chosen: list[object] = ["--input", source, "--output", tmp_path / "out", "--max-tokens", 32, "--batch-rows", 16]
+    return [*chosen, "--rows-per-part", 1_500, "--engine", "simulated", "--engine-arg", "max_num_seqs=32"]
+
+
+def progressed(output: Path) -> Callable[[], bool]:
+    """Whether something was finished since now."""
+    before = set(output.glob("data/*")) | set(journaled(output))
+    return lambda: bool((set(output.glob("data/*")) | set(journaled(output))) - before)
+
+
+@pytest.mark.parametrize("kind", ["replica", "feeder", "controller"])
+def test_a_killed_process_is_replaced_and_the_output_is_the_same(
+    kind: str, options: list[object], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    draw = random.Random(kind)
+    with running(tmp_path / "log", *options, "--replicas", 2, "--feeders", 2) as run:
+        run.until(progressed(tmp_path / "out"))
+        for _ in range(2):
+            run.until(lambda: run.processes(kind))
+            time.sleep(draw.uniform(0, 2))
+            assert run.kill(kind, draw)
+        manifest = run.manifest()
+    assert (manifest["rows"], manifest["errors"]) == (COUNT, 0)
+    assert contents(tmp_path / "out") == undisturbed
+    assert verify(str(tmp_path / "out")).problems == []
+
+
+def test_a_killed_driver_loses_seconds_and_the_same_command_resumes(
+    options: list[object], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    draw, output = random.Random(5), tmp_path / "out"
+    for _ in range(3):
+        with running(tmp_path / "log", *options, "--feeders", draw.choice([1, 2])) as run:
+            run.until(progressed(output))
+            time.sleep(draw.uniform(0, 2))
+            run.kill("driver", draw)
+            killed = time.time()
+            assert run.wait() == -signal.SIGKILL
+        newest = [path.stat().st_mtime for path in [*journaled(output), *output.glob("data/*")]]
+        assert killed - max(newest) < REPEATED_SECONDS
+    with running(tmp_path / "log", *options) as run:
+        manifest = run.manifest()
+        assert "taking over from process" in run.told
+        assert "resuming" in run.told
+    assert manifest["rows"] == COUNT
+    assert manifest["tally"]["replayed"] > 0
+    assert contents(output) == undisturbed
+    assert verify(str(output)).problems == []
+
+
+def test_a_notice_of_thirty_seconds_is_enough(
+    options: list[object], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Spot pre-emption: SIGTERM, and SIGKILL 30 s later."""
+    output = tmp_path / "out"
+    with running(tmp_path / "log", *options, "--replicas", 2) as run:
+        run.until(progressed(output))
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(30) == 128 + signal.SIGTERM
+        assert "Run the same command again to resume" in run.told
+        assert not [p for p in run.processes("replica") if p.is_running()]
+    assert not (output / "_spanfill" / "manifest.json").exists()
+    assert journaled(output)
+    with running(tmp_path / "log2", *options) as run:
+        assert run.manifest()["rows"] == COUNT
+        assert "taking over" not in run.told
+    assert contents(output) == undisturbed
+
+
+def test_a_killed_drivers_processes_are_gone_within_a_minute(options: list[object], tmp_path: Path) -> None:
+    with running(tmp_path / "log", *options) as run:
+        run.until(progressed(tmp_path / "out"))
+        working = [process for kind in ("replica", "feeder", "controller") for process in run.processes(kind)]
+        assert len(working) == 3
+        run.kill("driver", random.Random(0))
+        run.wait()
+        _, alive = psutil.wait_procs(working, timeout=60)
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_second_runner_is_refused_while_the_first_one_lives(options: list[object], tmp_path: Path) -> None:
+    with running(tmp_path / "log", *options) as first:
+        first.until(progressed(tmp_path / "out"))
+        with running(tmp_path / "log2", *options) as second:
+            assert second.wait(60) == 2
+            assert f"is being written by process {first.process.pid}" in second.told
+        assert first.process.poll() is None
+        first.process.send_signal(signal.SIGINT)
+        assert first.wait(30) == 130
+
+
+@pytest.mark.parametrize(("replicas", "feeders", "batch_rows"), [(1, 3, 64), (3, 1, 7)])
+def test_replicas_feeders_and_micro_batches_leave_no_trace_in_the_output(
+    replicas: int, feeders: int, batch_rows: int, undisturbed: dict[str, bytes], source: Path, tmp_path: Path
+) -> None:
+    values = {"input": str(source), "output": str(tmp_path / "out"), "engine": "simulated", "max_tokens": 32}
+    values |= {"rows_per_part": 1_500, "engine_args": {"time_scale": 200}, "order": "input"}
+    run_job(JobSpec.parse(values | {"replicas": replicas, "feeders": feeders, "batch_rows": batch_rows}))
+    assert contents(tmp_path / "out") == undisturbed
+    assert [row["id"] for row in rows(tmp_path / "out")] == list(range(COUNT))

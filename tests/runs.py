@@ -1,0 +1,130 @@
+"""``spanfill run`` as a process of its own, and the processes that it starts, to be killed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TITLES = {
+    "replica": "ray::ServeReplica",
+    "feeder": "ray::Feeder",
+    "controller": "ray::ServeController",
+    "engine": "VLLM::EngineCore",
+}
+"""What the processes of a run call themselves; ``driver`` is the command itself."""
+
+WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa")
+
+
+def write_pairs(path: Path, rows: int, *, seed: int = 0, words: int = 30, row_group_size: int = 500) -> Path:
+    """Rows of random words that share beginnings, with ids."""
+    draw = random.Random(seed)
+    heads = [" ".join(draw.choices(WORDS, k=words)) for _ in range(20)]
+    prefixes = [f"{draw.choice(heads)} {' '.join(draw.choices(WORDS, k=5))} {i}" for i in range(rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"id": range(rows), "prefix": prefixes, "suffix": ["\nend\n"] * rows})
+    pq.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+class Run:
+    """One run of the command; its stderr goes to ``log``."""
+
+    def __init__(self, log: Path, *arguments: object, env: Mapping[str, str] | None = None) -> None:
+        self._log = log
+        command = [sys.executable, "-m", "jobs.cli", "run", "--json", *map(str, arguments)]
+        with log.open("a") as stderr:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, **(env or {})}
+            )
+
+    @property
+    def told(self) -> str:
+        """What was written to stderr so far, on one line."""
+        return " ".join(self._log.read_text().split())
+
+    def wait(self, seconds: float = 240) -> int:
+        """Its exit code."""
+        self.stdout, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode
+
+    def manifest(self, seconds: float = 240) -> dict[str, Any]:
+        """What it printed at its end, which must be a good one."""
+        code = self.wait(seconds)
+        assert code == 0, f"exit code {code}: {self.told}"
+        manifest: dict[str, Any] = json.loads(self.stdout)
+        return manifest
+
+    def until(self, condition: Callable[[], Any], seconds: float = 120) -> None:
+        """Wait while the run lives."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.told}"
+            assert time.monotonic() < deadline, f"waited in vain: {self.told}"
+            time.sleep(0.05)
+
+    def processes(self, kind: str) -> list[psutil.Process]:
+        """The live processes of a kind that this run started, or itself."""
+        with suppress(psutil.NoSuchProcess):
+            mine = psutil.Process(self.process.pid)
+            return [mine] if kind == "driver" else [p for p in mine.children(recursive=True) if _is(p, kind)]
+        return []
+
+    def kill(self, kind: str, draw: random.Random) -> bool:
+        """SIGKILL one process of a kind; whether there was one."""
+        found = self.processes(kind)
+        if found:
+            with suppress(psutil.NoSuchProcess):
+                draw.choice(found).kill()
+        return bool(found)
+
+    def end(self) -> None:
+        """Kill it and whatever it started, for the end of a test that failed."""
+        with suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def running(log: Path, *arguments: object, env: Mapping[str, str] | None = None) -> Iterator[Run]:
+    """A run that is over when the block is."""
+    run = Run(log, *arguments, env=env)
+    try:
+        yield run
+    finally:
+        if run.process.poll() is None:
+            run.end()
+
+
+def _is(process: psutil.Process, kind: str) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and " ".join(process.cmdline()).startswith(TITLES[kind])
+    except psutil.NoSuchProcess:
+        return False
+
+
+def journaled(output: Path) -> list[Path]:
+    """The journal segments that are there."""
+    return list(output.glob("_spanfill/journal/*/*.arrow"))
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Every finished part's bytes by its name."""
+    return {path.name: path.read_bytes() for path in sorted((output / "data").iterdir())}
+
+
+def rows(output: Path, folder: str = "data") -> list[dict[str, Any]]:
+    """The rows of all parts, in order."""
+    return [row for path in sorted((output / folder).iterdir()) for row in pq.read_table(path).to_pylist()]
