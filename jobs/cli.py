@@ -27,6 +27,8 @@ EXIT_DAMAGED = 1
 EXIT_ERROR_ROWS = 3
 EXIT_INTERRUPTED = 130
 DEMO_INFILLS = 5
+EXACTLY: dict[str, Any] = {"soft_wrap": True, "end": ""}
+"""How a console prints what ``jobs.visible.styled`` made: nothing wrapped, no tab expanded."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress goes to stderr.")]
 ModelName = Annotated[str, typer.Option(help="A known name (see `spanfill models`), a folder or a hub id.")]
@@ -65,7 +67,13 @@ def _values(texts: dict[str, str] | None) -> dict[str, Any] | None:
     """Engine arguments as YAML scalars, so that ``enforce_eager=true`` is a boolean."""
     import yaml
 
-    return None if texts is None else {key: yaml.safe_load(text) for key, text in texts.items()}
+    values = {}
+    for key, text in (texts or {}).items():
+        try:
+            values[key] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            raise ConfigError(f"--engine-arg {key}={text} is not YAML.", remedy="Put text in quotes.") from None
+    return values or None
 
 
 @app.command(epilog="Example: spanfill run --input pairs.parquet --output out --model demo-codegen25 --max-tokens 64")
@@ -109,6 +117,9 @@ def run(
         float | None, typer.Option(help="Stop beyond this share of error rows [default: 0.05].")
     ] = None,
     feeders: Annotated[int | None, typer.Option(help="Processes that read and write [default: 1].")] = None,
+    store_patience: Annotated[
+        float | None, typer.Option(help="Seconds for which a failing store is tried again [default: 60].")
+    ] = None,
     retry_errors: Annotated[
         bool | None, typer.Option("--retry-errors", help="Do a job's error rows again, into new parts.")
     ] = None,
@@ -216,8 +227,8 @@ def infill(
     cursor: Annotated[str, typer.Argument(help="FILE:LINE:COL, both counted from 1.")],
     model: ModelName = "demo-codegen25",
     format: FormatName = None,  # noqa: A002
-    max_tokens: Annotated[int, typer.Option(help="Output tokens at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Output tokens at most.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     json_: Json = False,
 ) -> None:
     """Infill one cursor of a file and print it in place."""
@@ -232,7 +243,7 @@ def infill(
     if json_:
         print(json.dumps({"infill": answer.text, "finish_reason": answer.finish_reason}))
     else:
-        Console().print(colour(prefix, answer.text, suffix))
+        Console().print(colour(prefix, answer.text, suffix), **EXACTLY)
 
 
 @app.command(epilog="Example: spanfill explain --input pairs.parquet --row 7")
@@ -259,7 +270,7 @@ def explain(
     if json_:
         print(json.dumps(told.as_dict()))
     else:
-        Console().print(told.render())
+        Console().print(told.render(), **EXACTLY)
 
 
 @app.command(epilog="Example: spanfill show out --row 3")
@@ -269,11 +280,11 @@ def show(
     limit: Annotated[int, typer.Option(help="Rows to show.", min=1)] = 5,
 ) -> None:
     """Show infills as coloured text: prefix, infill, suffix."""
-    from jobs.show import panels
+    from jobs.show import shown_rows
 
     console = Console()
-    for panel in panels(output, row=row, limit=limit):
-        console.print(panel)
+    for shown in shown_rows(output, row=row, limit=limit):
+        console.print(shown, **EXACTLY)
 
 
 @app.command(epilog="Example: spanfill status out --json")
@@ -348,7 +359,7 @@ def demo(
     from jobs.demo import cut_demo_pairs, table
     from jobs.progress import Display
     from jobs.runner import run_job
-    from jobs.show import panels
+    from jobs.show import shown_rows
     from jobs.spec import JobSpec
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -361,8 +372,8 @@ def demo(
     console = Console()
     console.print(table(manifest, output))
     for number in range(min(DEMO_INFILLS, manifest["rows"])):
-        for panel in panels(output, row=number * manifest["rows"] // DEMO_INFILLS):
-            console.print(panel)
+        for shown in shown_rows(output, row=number * manifest["rows"] // DEMO_INFILLS):
+            console.print(shown, **EXACTLY)
 
 
 @bench.command(name="feed", epilog="Example: spanfill bench feed --rows 50000 --json")

@@ -86,8 +86,9 @@ class Crew:
             ready, _ = ray.wait(list(seat.units), num_returns=len(seat.units), timeout=0) if seat.units else ([], [])
             try:
                 for reference in ready:
-                    finished.append(ray.get(reference))
+                    tally = ray.get(reference)
                     del seat.units[reference]
+                    finished += [tally] if tally is not None else []
             except RayActorError:
                 self._replace(seat)
             except RayTaskError as error:

@@ -7,13 +7,15 @@ the row that kills or hangs its engine stands alone.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from serving.errors import EngineDeadError, EngineGoneError
+from serving.pace import Pace
 from serving.protocol import MicroBatch, MicroBatchResult, Request, Result, Sampling
 
 Call = Callable[[MicroBatch], Awaitable[MicroBatchResult]]
@@ -47,6 +49,7 @@ class Dispatcher:
         self._call = call
         self._slots = asyncio.Semaphore(window)
         self._isolation = asyncio.Lock()
+        self._pace = Pace()
         self._max_attempts = max_attempts
         self._closed = False
 
@@ -86,8 +89,9 @@ class Dispatcher:
 
     async def _reach(self, batch: MicroBatch, attempt: int) -> list[Answer]:
         while not self._closed:
+            started = time.monotonic()
             try:
-                answer = await self._call(batch)
+                answer = await self._call(replace(batch, patience=self._pace.patience))
             except NOT_REACHED:
                 await _wait(1)
             except LOST:
@@ -95,6 +99,7 @@ class Dispatcher:
             except (RayTaskError, RayServeException) as error:
                 return [Answer(_failed(request, error), attempts=attempt) for request in batch.requests]
             else:
+                self._pace.record(time.monotonic() - started)
                 return [Answer(result, answer.replica, attempt) for result in answer.results]
         return []
 

@@ -3,14 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Group
-from rich.text import Text
+from rich.segment import Segments
 
 from jobs.job import feeder_config, prepare_job
 from jobs.plan import Unit
 from jobs.reader import UnitReader
 from jobs.rows import row_prompts
 from jobs.spec import parse_spec
+from jobs.visible import LEGEND, styled, visible
 from serving.errors import InputError
 from serving.formats import Format, load_format
 
@@ -34,19 +34,20 @@ class Explained:
         """For ``--json``."""
         return asdict(self) | {"prompt": "".join(text for text, _ in self.pieces)}
 
-    def render(self) -> Group:
-        """For the terminal: control tokens stand out."""
-        prompt = Text()
-        for text, control in self.pieces:
-            prompt.append(text, style="bold white on red" if control else "")
+    def render(self) -> Segments:
+        """For the terminal: control tokens stand out, in plain text too."""
+        prompt = [
+            (f"⟦{visible(text)}⟧", "bold white on red") if control else (visible(text, exact=True), "")
+            for text, control in self.pieces
+        ]
         cut = f"cut: {self.prefix_cut:,} characters from the prefix's start, {self.suffix_cut:,} from the suffix's end"
         stops = ", ".join(f"{token} ({number})" for token, number in self.stop_tokens.items())
-        facts = Text(
-            f"\n{len(self.token_ids):,} prompt tokens + {self.max_tokens:,} to generate, context {self.max_context:,}\n"
-            f"{cut if self.truncated else 'nothing was cut'}\nstops at: {stops}",
-            style="dim",
+        facts = (
+            f"{LEGEND}\n"
+            f"{len(self.token_ids):,} prompt tokens + {self.max_tokens:,} to generate, context {self.max_context:,}\n"
+            f"{cut if self.truncated else 'nothing was cut'}\nstops at: {stops}\n"
         )
-        return Group(prompt, facts)
+        return styled(*prompt, (f"\n\n{facts}", "dim"))
 
 
 def explain_row(options: dict[str, Any], row: int) -> Explained:

@@ -9,7 +9,6 @@ from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader
 from jobs.tally import Tally
 from jobs.unit import FeederConfig, UnitWork
-from serving.errors import InterruptedJobError
 from serving.formats import Format, load_format
 from serving.protocol import MicroBatch, MicroBatchResult, Sampling
 
@@ -39,7 +38,7 @@ class Feeder:
         self._stopping = False
         self._dispatcher: Dispatcher | None = None
         self._works: dict[int, UnitWork] = {}
-        self._tasks: set[asyncio.Task[Tally]] = set()
+        self._tasks: set[asyncio.Task[Tally | None]] = set()
         self._sampling = Sampling(
             max_tokens=spec.max_tokens,
             temperature=spec.temperature,
@@ -83,8 +82,11 @@ class Feeder:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def run(self, unit: Unit, file: InputFile) -> Tally:
-        """Take one unit from its rows to its part; returns its sums. Raises what ``UnitWork`` raises."""
+    async def run(self, unit: Unit, file: InputFile) -> Tally | None:
+        """Take one unit from its rows to its part; returns its sums, None if ``stop`` came first.
+
+        Raises what ``UnitWork`` raises.
+        """
         task = asyncio.ensure_future(self._run(UnitWork(self._config, self._format, unit, file)))
         self._tasks.add(task)
         try:
@@ -92,10 +94,11 @@ class Feeder:
         finally:
             self._tasks.discard(task)
 
-    async def _run(self, work: UnitWork) -> Tally:
+    async def _run(self, work: UnitWork) -> Tally | None:
         started = time.monotonic()
         async with self._reading:
-            self._go_on()
+            if self._stopping:
+                return None
             self._works[work.unit.index] = work
             try:
                 await asyncio.to_thread(work.prepare, self._reader)
@@ -105,16 +108,14 @@ class Feeder:
         try:
             await self._ready.wait()
             await self._answer(work)
+            if work.missing:
+                return None
             async with self._reading:
                 tally = await asyncio.to_thread(work.finish)
         finally:
             del self._works[work.unit.index]
         tally.seconds = time.monotonic() - started
         return tally
-
-    def _go_on(self) -> None:
-        if self._stopping:
-            raise InterruptedJobError("the feeder was told to stop.")
 
     async def _answer(self, work: UnitWork) -> None:
         try:
@@ -129,8 +130,6 @@ class Feeder:
         finally:
             if work.missing:
                 await asyncio.to_thread(work.publish_journal)
-        if work.missing:
-            raise InterruptedJobError("the feeder was told to stop.")
 
     async def _send(self, work: UnitWork, rows: list[int]) -> None:
         assert self._dispatcher is not None

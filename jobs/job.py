@@ -10,10 +10,11 @@ from jobs.ledger import FORMAT_VERSION, STATE, read_job
 from jobs.preflight import versions
 from jobs.reader import ERROR_COLUMNS, OUTPUT_COLUMNS, InputSet, check_columns, find_input
 from jobs.spec import ROLES, JobSpec, fingerprint
-from jobs.store import Location, exists, locate
+from jobs.store import Location, exists, is_file, locate
 from jobs.unit import FeederConfig
 from serving.config import EngineConfig
 from serving.engine import check_engine_args
+from serving.errors import OutputError
 from serving.formats import load_format
 from serving.models import Model, resolve_model
 from serving.weights import resolve_revision, weights_identity
@@ -60,6 +61,9 @@ def begun_spec(spec: JobSpec, say: Callable[[str], None]) -> JobSpec:
 
 def prepare_job(spec: JobSpec) -> Job:
     """Resolve and check a job; raises a ``UsageError`` for everything that is wrong before anything is started."""
+    output = locate(spec.output, patience=spec.store_patience)
+    if is_file(output):
+        raise OutputError(f"the output {output} is a file.", remedy="Give --output a folder of its own.")
     model = resolve_model(spec.model, format=spec.format, revision=spec.revision)
     if spec.engine == "vllm":
         check_engine_args(spec.engine_args)
@@ -73,7 +77,7 @@ def prepare_job(spec: JobSpec) -> Job:
     )
     fmt = load_format(model.format, tokenizer_of=spec.model)
     fmt.check_budget(spec.max_tokens, engine.max_model_len)
-    inputs = find_input(spec.input)
+    inputs = find_input(spec.input, patience=spec.store_patience)
     if spec.column("suffix") in inputs.schema.names:
         fmt.check_infill()
     named = [role for role in ROLES if spec.columns.get(role)]
@@ -82,7 +86,16 @@ def prepare_job(spec: JobSpec) -> Job:
     check_columns(inputs.schema, roles={r: spec.column(r) for r in ROLES}, named=named, kept=kept, added=added)
     files = [{"name": f.name, "rows": f.rows, "size": f.size, "footer": f.digest} for f in inputs.files]
     identity = spec.infill_identity(engine, weights_identity(model, engine.revision), model.format, files)
-    return Job(spec, model, engine, inputs, locate(spec.output), model.format, identity)
+    return Job(spec, model, engine, inputs, output, model.format, identity)
+
+
+def refuse_nested_output(job: Job) -> None:
+    """Raise ``OutputError`` when the output lies in the folder that is searched for input."""
+    if str(job.output).startswith(f"{str(job.inputs.root).rstrip('/')}/"):
+        raise OutputError(
+            f"{job.output} lies in the input folder {job.inputs.root}: its parts would be taken for input.",
+            remedy="Choose an --output beside it.",
+        )
 
 
 def feeder_config(job: Job) -> FeederConfig:

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,8 @@ class Lease:
         self._holder = holder
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._failure: LeaseLostError | StorageError | None = None
-        self._renewed = time.monotonic()
-        self._thread = threading.Thread(target=self._renew, name="spanfill-lease", daemon=True)
+        self._lost: LeaseLostError | None = None
+        self._thread = threading.Thread(target=self._beat, name="spanfill-lease", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -111,36 +111,36 @@ class Lease:
             self._holder = replace(self._holder, told=told)
 
     def check(self) -> None:
-        """Raise ``LeaseLostError`` if another runner has taken over, or may have by now."""
-        if self._failure is not None:
-            raise self._failure
-        if time.monotonic() - self._renewed > SILENT_SECONDS - BEAT_SECONDS:
-            raise LeaseLostError(
-                f"the lease of {self._output} could not be renewed for {SILENT_SECONDS - BEAT_SECONDS:.0f} s.",
-                remedy="What is done is kept; run again to resume.",
-            )
+        """Raise ``LeaseLostError`` if another runner has taken over.
+
+        A holder that cannot renew its lease, because its store fails, goes on: until it learns that it was succeeded it
+        can do no harm, since parts are created once and journal segments are named by their content.
+        """
+        if self._lost is not None:
+            raise self._lost
+
+    def renew(self) -> None:
+        """Renew now; raises ``LeaseLostError`` when another runner has taken over, ``StorageError`` when that fails."""
+        self.check()
+        self._write()
 
     def release(self) -> None:
         """Let go, saying so; a lease that is lost or cannot be written falls silent instead."""
         self._ended.set()
         self._thread.join()
-        if self._failure is None:
-            try:
+        if self._lost is None:
+            with suppress(LeaseLostError, StorageError):
                 self._write(released=True)
-            except (LeaseLostError, StorageError) as error:
-                self._failure = error
 
-    def _renew(self) -> None:
+    def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            began = time.monotonic()
             try:
                 self._write()
             except LeaseLostError as error:
-                self._failure = error
+                self._lost = error
                 return
             except StorageError:
-                continue  # Said by check() once it lasts; a full disk is said by what else is written there.
-            self._renewed = began
+                continue  # Whatever else is written there says so.
 
     def _write(self, *, released: bool = False) -> None:
         if max(_numbers(self._output), default=0) > self._number:

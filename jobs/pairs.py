@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from jobs.store import locate, publish
+from jobs.store import is_folder, locate, publish
 from jobs.syntax import LANGUAGES, function_bodies, has_grammar, statement_runs
 from serving.config import Frozen
-from serving.errors import InputError
+from serving.errors import InputError, OutputError
 
 MODES = ("line", "block", "function", "span")
 DEFAULT_PER_FILE = 8
@@ -88,12 +88,18 @@ Span = tuple[int, int, str]
 def cut_pairs(spec: PairsSpec, *, keep: Callable[[str], bool] | None = None) -> PairsReport:
     """Cut and write; the file appears whole at the end. ``keep`` chooses files by their path relative to the source.
 
-    Raises ``InputError`` for a source that is not there, ``StorageError`` for an output that cannot be written.
+    Raises ``InputError`` for a source that is not there, ``OutputError`` for an output that is a folder,
+    ``StorageError`` for one that cannot be written.
     """
+    output = locate(spec.output)
+    if is_folder(output):
+        raise OutputError(
+            f"the output {output} is a folder.", remedy=f"Name a file, for example {output.join('pairs.parquet')}."
+        )
     report = PairsReport()
     sources = [source for source in _find(spec, report) if keep is None or keep(source.name)]
     spans = _draw_all(sources, spec, report)
-    with publish(locate(spec.output)) as stream, pq.ParquetWriter(stream, SCHEMA, compression="zstd") as writer:
+    with publish(output) as stream, pq.ParquetWriter(stream, SCHEMA, compression="zstd") as writer:
         rows: list[dict[str, Any]] = []
         for source, chosen in zip(sources, _share_out(spans, spec.limit), strict=True):
             if chosen:
@@ -126,8 +132,15 @@ def _find(spec: PairsSpec, report: PairsReport) -> Iterator[Source]:
                 report.skipped["excluded"] += 1
             elif path.suffix.lower() not in LANGUAGES:
                 report.skipped["unknown_language"] += 1
+            elif not _is_utf8(name):
+                report.skipped["name_not_utf8"] += 1
             else:
                 yield Source(path, name, LANGUAGES[path.suffix.lower()])
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a path can be told in a row: Python gives bytes that are not UTF-8 as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _files(root: Path) -> Iterator[Path]:

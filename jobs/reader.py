@@ -48,42 +48,38 @@ class InputSet:
         return sum(file.rows for file in self.files)
 
 
-def find_input(uri: str) -> InputSet:
+def find_input(uri: str, *, patience: float = PATIENCE_SECONDS) -> InputSet:
     """The Parquet files of a path: a file, a folder (hidden and ``_`` files aside) or a glob.
 
-    Raises ``InputError`` naming the file when there is none, when one is not Parquet or damaged, or when two differ in
-    their columns.
+    In a glob, ``*`` stays inside one folder and ``**`` stands for any number of them; what is there under the name as
+    it is written is no glob. Raises ``InputError`` naming the file when there is none, when one is not Parquet or
+    damaged, or when two differ in their columns' names or types.
     """
-    root = locate(uri)
+    root = locate(uri, patience=patience)
     infos, base, ignored = _list(root)
     files, schema = [], None
     for file, found in _footers(root, infos, base):
-        name = file.name
-        if schema is not None and not found.equals(schema):
-            raise InputError(
-                f"{name}: {_difference(schema, found)}, unlike {files[0].name}.", remedy="Give each schema a job."
-            )
+        if double := next((name for name in found.names if found.names.count(name) > 1), None):
+            raise InputError(f"{file.name}: column {double} is there twice.", remedy="Rename one of them.")
+        if schema is not None and (difference := _difference(schema, found)):
+            raise InputError(f"{file.name}: {difference}, unlike {files[0].name}.", remedy="Give each schema a job.")
         schema = schema or found
         files.append(file)
     if schema is None:
         seen = f" ({len(ignored)} other files were seen)" if ignored else ""
         raise InputError(
-            f"{uri}: no Parquet file is there{seen}.", remedy="Give a file, a folder or a glob of .parquet files."
+            f"{uri}: no Parquet file is there{seen}.",
+            remedy="Give a file, a folder or a glob of .parquet files (** goes down into folders).",
         )
     return InputSet(root, tuple(files), schema, tuple(ignored))
 
 
 def _list(root: Location) -> tuple[list[pafs.FileInfo], str, list[str]]:
-    if any(c in root.path for c in "*?["):
-        base = PurePosixPath(*_until_glob(PurePosixPath(root.path).parts)).as_posix()
-        infos = [i for i in _walk(root, base) if fnmatch.fnmatch(i.path, root.path)]
-        return infos, base, []
-    try:
-        info = root.fs.get_file_info(root.path)
-    except OSError as error:
-        raise InputError(
-            f"{root} cannot be reached: {error}", remedy="Check the address and your credentials."
-        ) from error
+    base, glob = _split_glob(root)
+    if glob:
+        found = _walk(root, base, recursive=len(glob) > 1 or "**" in glob)
+        return [i for i in found if _matches(PurePosixPath(i.path).relative_to(base).parts, glob)], base, []
+    info = _info(root, root.path)
     if info.type == pafs.FileType.NotFound:
         raise InputError(f"{root} does not exist.", remedy="Check --input.")
     if info.type == pafs.FileType.File:
@@ -93,16 +89,49 @@ def _list(root: Location) -> tuple[list[pafs.FileInfo], str, list[str]]:
     return parquet, root.path.rstrip("/"), [i.path for i in visible if i not in parquet]
 
 
-def _until_glob(parts: Sequence[str]) -> Iterator[str]:
-    for part in parts:
-        if any(c in part for c in "*?["):
-            return
-        yield part
+def _info(root: Location, path: str) -> pafs.FileInfo:
+    try:
+        return root.fs.get_file_info(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreachable(root, error) from error
 
 
-def _walk(root: Location, base: str) -> list[pafs.FileInfo]:
-    selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
-    return sorted((i for i in root.fs.get_file_info(selector) if i.type == pafs.FileType.File), key=lambda i: i.path)
+def _unreachable(root: Location, error: Exception) -> InputError:
+    return InputError(
+        f"{root} cannot be reached: {str(error).rstrip('. ')}.", remedy="Check the address and your credentials."
+    )
+
+
+def _split_glob(root: Location) -> tuple[str, tuple[str, ...]]:
+    """The path down to where no such file or folder is there, and the parts of the glob below it."""
+    parts = PurePosixPath(root.path).parts
+    for at, part in enumerate(parts):
+        literal = PurePosixPath(*parts[: at + 1]).as_posix()
+        if any(c in part for c in "*?[") and _info(root, literal).type == pafs.FileType.NotFound:
+            return PurePosixPath(*parts[:at]).as_posix(), parts[at:]
+    return root.path, ()
+
+
+def _matches(parts: Sequence[str], glob: Sequence[str]) -> bool:
+    """Whether a path matches part by part; hidden parts only a glob's part that begins with a dot itself."""
+    if not glob or not parts:
+        return not parts and all(part == "**" for part in glob)
+    visible = glob[0].startswith(".") or not parts[0].startswith(".")
+    if glob[0] == "**":
+        return _matches(parts, glob[1:]) or (visible and _matches(parts[1:], glob))
+    return visible and fnmatch.fnmatchcase(parts[0], glob[0]) and _matches(parts[1:], glob[1:])
+
+
+def _walk(root: Location, base: str, *, recursive: bool = True) -> list[pafs.FileInfo]:
+    selector = pafs.FileSelector(base, recursive=recursive, allow_not_found=True)
+    try:
+        files = (info for info in root.fs.get_file_info(selector) if info.type == pafs.FileType.File)
+        return sorted(files, key=lambda info: info.path)
+    except UnicodeDecodeError as error:
+        name = error.object.decode(errors="backslashreplace")
+        raise InputError(f"{root}: the file name {name} is not UTF-8.", remedy="Rename it.") from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreachable(root, error) from error
 
 
 def _hidden(path: str, base: str) -> bool:
@@ -146,13 +175,16 @@ def _footer(root: Location, info: pafs.FileInfo, name: str) -> tuple[InputFile, 
 
 
 def _difference(expected: pa.Schema, found: pa.Schema) -> str:
+    """How names, types or order differ, empty if they do not: nullability and metadata play no part."""
     for field in expected:
         if field.name not in found.names:
             return f"column {field.name} is missing"
         if found.field(field.name).type != field.type:
             return f"column {field.name} is {found.field(field.name).type}, not {field.type}"
     extra = [name for name in found.names if name not in expected.names]
-    return f"column {extra[0]} is there" if extra else "the columns stand in another order"
+    if extra:
+        return f"column {extra[0]} is there"
+    return "" if found.names == expected.names else "the columns stand in another order"
 
 
 def check_columns(
@@ -163,9 +195,6 @@ def check_columns(
     ``roles`` maps ``prefix``, ``suffix`` and ``id`` to column names, ``named`` lists the roles that the user named,
     ``kept`` the columns that pass through, ``added`` those that the job adds. Raises ``InputError`` naming the column.
     """
-    if len(set(schema.names)) < len(schema.names):
-        double = next(name for name in schema.names if schema.names.count(name) > 1)
-        raise InputError(f"column {double} is there twice.", remedy="Rename one of them.")
     for role, name in roles.items():
         if name not in schema.names:
             if role == "prefix" or role in named:
@@ -214,17 +243,17 @@ class UnitReader:
         self._group = ""
 
     def read(self, file: InputFile, unit: Unit) -> Iterator[pa.RecordBatch]:
-        """The unit's rows in batches; a store that fails is asked again for ``PATIENCE_SECONDS``.
+        """The unit's rows in batches; a store that fails is asked again while its patience lasts.
 
         Raises ``InputChangedError`` when the file is not what was planned, or cannot be read.
         """
-        at, patience = unit.start, time.monotonic() + PATIENCE_SECONDS
+        at, patience = unit.start, time.monotonic() + self._root.patience
         while True:
             try:
                 for batch in self._read(file, unit, at):
                     yield batch
                     at += batch.num_rows
-                    patience = time.monotonic() + PATIENCE_SECONDS
+                    patience = time.monotonic() + self._root.patience
                 return
             except InputChangedError:
                 self._path = ""

@@ -4,13 +4,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ray.exceptions import RayTaskError
 
 from jobs.crew import Crew
-from jobs.job import Job, begun_spec, feeder_config, prepare_job, provenance
+from jobs.job import Job, begun_spec, feeder_config, prepare_job, provenance, refuse_nested_output
 from jobs.lease import Lease
 from jobs.ledger import Ledger
 from jobs.plan import Unit, plan_units
@@ -18,8 +18,7 @@ from jobs.preflight import check_cluster, versions, writing_is_possible
 from jobs.recheck import Recheck
 from jobs.retry import plan_retries, settle_retries
 from jobs.signals import Signals, interruptible
-from jobs.spec import JobSpec
-from jobs.store import Location
+from jobs.spec import JobSpec, stored_spec
 from jobs.tally import Tally
 from serving import fleet
 from serving.app import DEPLOYMENT
@@ -94,6 +93,7 @@ def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
     """
     watcher = watcher or Watcher()
     job = prepare_job(begun_spec(spec, watcher.say))
+    refuse_nested_output(job)
     ledger = Ledger(job.output, job.fingerprint)
     with interruptible() as signals:
         with writing_is_possible():
@@ -137,9 +137,7 @@ def _plan(job: Job, ledger: Ledger, watcher: Watcher) -> tuple[list[Unit], bool]
     """Take the folder for the job and give its units, and whether they are those of a begun job."""
     spec = job.spec
     with writing_is_possible():
-        begun = ledger.open(
-            job.identity, spec.model_dump(mode="json"), versions(), resume=spec.resume, overwrite=spec.overwrite
-        )
+        begun = ledger.open(job.identity, stored_spec(spec), versions(), resume=spec.resume, overwrite=spec.overwrite)
         ledger.probe()
         planned = plan_units(job.inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
         units = ledger.plan(job.inputs.files, planned)
@@ -174,7 +172,9 @@ def _feed(run: _Run, left: deque[Unit]) -> None:
     with fleet.connected() as embedded:
         crew = Crew(feeder_config(job), spec.feeders, left, job.inputs.files)
         crew.fill()
-        check_cluster(job.engine, [Location(job.inputs.root.uri, f.path) for f in job.inputs.files[:1]], job.output)
+        check_cluster(
+            job.engine, [replace(job.inputs.root, path=file.path) for file in job.inputs.files[:1]], job.output
+        )
         run.progress.stage = "starting the engine"
         watcher.update(run.progress)
         replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
@@ -246,6 +246,7 @@ def _check_errors(spec: JobSpec, tally: Tally) -> None:
 def _commit(run: _Run, units: list[Unit], seconds: float) -> dict[str, Any]:
     """Add up the parts' reports; speeds are of this run's rows over the seconds in which its engines ran."""
     job, ledger, fresh, running = run.job, run.ledger, run.finished, run.ran
+    run.lease.renew()
     settle_retries(ledger, units)
     total, digests, sizes = Tally(), dict[str, str](), dict[str, int]()
     for report in ledger.read_reports(unit.index for unit in units):

@@ -3,43 +3,48 @@
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Group
-from rich.panel import Panel
-from rich.text import Text
+from rich.segment import Segments
 
 from jobs.ledger import read_job
+from jobs.reader import is_text, texts
+from jobs.spec import ROLES
 from jobs.store import list_files, locate
+from jobs.visible import styled, visible
 from serving.errors import InputError
 
 CONTEXT_LINES = 6
+SHOWN_COLUMNS = ("middle", "infill", "finish_reason", "completion_tokens")
+"""Beside those of the roles."""
 
 
 def colour(
     prefix: str, infill: str, suffix: str | None, *, middle: str | None = None, lines: int = CONTEXT_LINES
-) -> Group:
+) -> Segments:
     """The infill in green between the last ``lines`` of the prefix and the first of the suffix, both dim.
 
     Where the true ``middle`` is known and differs, it follows as a line of its own.
     """
-    text = Text()
-    text.append("".join(prefix.splitlines(keepends=True)[-lines:]), style="dim")
-    text.append(infill, style="bold green")
-    text.append("".join((suffix or "").splitlines(keepends=True)[:lines]), style="dim")
-    if middle is None or infill.strip() == middle.strip():
-        return Group(text)
-    truth = Text("true middle: ", style="italic")
-    truth.append(middle, style="yellow")
-    return Group(text, truth)
+    before = "".join(visible(prefix).splitlines(keepends=True)[-lines:])
+    after = "".join(visible(suffix or "").splitlines(keepends=True)[:lines])
+    pieces = [(before, "dim"), (visible(infill), "bold green"), (after, "dim")]
+    if not (before + infill + after).endswith("\n"):
+        pieces.append(("\n", ""))
+    if middle is not None and infill.strip() != middle.strip():
+        pieces += [("true middle: ", "italic"), (visible(middle), "yellow"), ("\n", "")]
+    return styled(*pieces)
 
 
 def infill_rows(output: str, *, row: int | None = None, limit: int = 5) -> Iterator[dict[str, Any]]:
     """Rows of a job's finished parts: the first ``limit``, or the one that stands at ``row`` in the output.
 
-    Raises ``OutputError`` if the folder is no job's, ``InputError`` if it has no such row.
+    They hold the columns of the roles and ``SHOWN_COLUMNS``. Raises ``OutputError`` if the folder is no job's,
+    ``InputError`` if it has no such row.
     """
     location = locate(output)
-    read_job(location)
+    columns = read_job(location)["spec"]["columns"]
+    wanted = {*SHOWN_COLUMNS, *(columns.get(role, role) for role in ROLES)}
     at = 0
     for info in list_files(location.join("data")):
         with location.fs.open_input_file(info.path) as source:
@@ -48,23 +53,56 @@ def infill_rows(output: str, *, row: int | None = None, limit: int = 5) -> Itera
             if row is not None and at + rows <= row:
                 at += rows
                 continue
-            for batch in file.iter_batches(1_024):
-                for values in batch.to_pylist():
+            names = [f.name for f in file.schema_arrow if f.name in wanted and not pa.types.is_nested(f.type)]
+            for batch in file.iter_batches(1_024, columns=names):
+                for values in _rows(batch):
                     if row is None or at == row:
                         yield values
                         limit -= 1
                         if row is not None or limit == 0:
                             return
                     at += 1
+    if row is not None and at == 0:
+        raise _no_rows(output)
     if row is not None:
         raise InputError(f"{output} has {at} finished rows, no row {row}.", remedy=f"Choose 0 to {at - 1}.")
 
 
-def panels(output: str, *, row: int | None = None, limit: int = 5) -> Iterator[Panel]:
-    """``infill_rows`` as panels for the terminal."""
+def _no_rows(output: str) -> InputError:
+    return InputError(f"{output} has no finished rows.", remedy=f"See how the job stands: spanfill status {output}")
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    columns = [_values(column) for column in batch.columns]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, values, strict=True))
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """A column's values; bytes that are not UTF-8 are written ``\\xNN``."""
+    if not is_text(column.type):
+        return list(column.to_pylist())
+    return [
+        v.object.decode(errors="backslashreplace") if isinstance(v, UnicodeDecodeError) else v for v in texts(column)
+    ]
+
+
+def shown_rows(output: str, *, row: int | None = None, limit: int = 5) -> Iterator[Segments]:
+    """``infill_rows`` for the terminal, each below a line that says which it is; raises as it does, also for none."""
     columns = read_job(locate(output))["spec"]["columns"]
-    prefix, suffix = columns.get("prefix", "prefix"), columns.get("suffix", "suffix")
+    prefix, suffix, identity = (columns.get(role, role) for role in ROLES)
+    none = True
     for values in infill_rows(output, row=row, limit=limit):
-        title = f"{values.get('id', '')} · {values['finish_reason']} · {values['completion_tokens']} tokens"
-        shown = colour(values.get(prefix) or "", values["infill"], values.get(suffix), middle=values.get("middle"))
-        yield Panel(shown, title=title, title_align="left")
+        none = False
+        told = [values.get(identity), values["finish_reason"], f"{values['completion_tokens']} tokens"]
+        title = " · ".join(visible(str(fact)).replace("\n", "␊") for fact in told if fact is not None)
+        middle = values.get("middle")
+        yield styled((f"── {title} ──\n", "bold"))
+        yield colour(
+            values.get(prefix) or "",
+            values["infill"],
+            values.get(suffix),
+            middle=middle if isinstance(middle, str) else None,
+        )
+    if none:
+        raise _no_rows(output)

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 from typing import Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from jobs.store import PATIENCE_SECONDS
 from serving.config import EngineConfig, EngineKind, Frozen
 from serving.engine import SPEED_ARGUMENTS
 from serving.errors import ConfigError
@@ -21,7 +23,8 @@ class JobSpec(Frozen):
     """A job: Parquet of prefix/suffix pairs in, Parquet of infills out.
 
     ``input`` is a file, a folder or a glob, local or a URI; ``output`` a folder that belongs to this job. Lengths are
-    in tokens, ``max_error_rate`` is a share of the rows tried. Raises ``ConfigError`` naming every wrong field.
+    in tokens, ``max_error_rate`` is a share of the rows tried, ``store_patience`` is in seconds. Raises
+    ``ConfigError`` naming every wrong field.
     """
 
     input: str
@@ -60,6 +63,7 @@ class JobSpec(Frozen):
     max_error_rate: float = Field(0.05, ge=0, le=1)
     retry_errors: bool = False
     feeders: int = Field(1, ge=1)
+    store_patience: float = Field(PATIENCE_SECONDS, ge=0)
     resume: bool = True
     overwrite: bool = False
 
@@ -121,3 +125,9 @@ def parse_spec(values: dict[str, Any]) -> JobSpec:
     if "input" not in values or "output" not in values:
         raise ConfigError("a job needs input and output.", remedy="Give --input PATH and --output DIR.")
     return JobSpec.parse(values, where="job")
+
+
+def stored_spec(spec: JobSpec) -> dict[str, Any]:
+    """The spec as a job's folder keeps it: credentials that a URI holds are left out."""
+    values = spec.model_dump(mode="json")
+    return values | {name: re.sub(r"://[^/@]*@", "://", values[name]) for name in ("input", "output")}

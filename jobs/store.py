@@ -2,16 +2,17 @@
 
 What is assumed of a store: a put is atomic (readers see all of an object or none of it), and whoever reads or lists
 after a put has ended sees it, as S3, Google Cloud Storage, Azure and POSIX file systems promise. A remote store that
-fails is tried again for ``PATIENCE_SECONDS``; a disk that fails is not.
+fails is tried again for its location's ``patience``; a disk that fails is not.
 """
 
 import errno
+import ftplib
 import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ from serving.errors import StorageError, UsageError
 
 T = TypeVar("T")
 PATIENCE_SECONDS = 60.0
+"""How long a failing remote store is tried again, unless the location says otherwise."""
+
 SPOOL_BYTES = 64 << 20
 """A file for an object store waits here, in memory up to this size, until it is whole."""
 
@@ -31,13 +34,27 @@ UPLOAD_BYTES = 8 << 20
 PERMANENT = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_BUCKET")
 """Answers of a store that asking again does not change, as pyarrow spells them."""
 
+FSSPEC_ERRORS: tuple[type[Exception], ...] = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    *ftplib.all_errors,
+)
+"""What fsspec's back ends raise for an address that lacks something, a package that does, or a host that is silent."""
+
 
 @dataclass(frozen=True)
 class Location:
-    """A path on a pyarrow file system; ``uri`` is what the user wrote, picklable where a file system is not."""
+    """A path on a pyarrow file system; ``uri`` is what the user wrote, picklable where a file system is not.
+
+    ``patience`` is for how many seconds its store, if remote, is tried again when it fails.
+    """
 
     uri: str
     path: str
+    patience: float = PATIENCE_SECONDS
 
     @property
     def fs(self) -> Any:
@@ -51,7 +68,7 @@ class Location:
 
     def join(self, *names: str) -> "Location":
         """The location below this one."""
-        return Location(self.uri, "/".join([self.path.rstrip("/"), *names]))
+        return replace(self, path="/".join([self.path.rstrip("/"), *names]))
 
     @property
     def name(self) -> str:
@@ -62,11 +79,20 @@ class Location:
         return self.path if self.is_local else f"{self.uri.split('://', 1)[0]}://{self.path}"
 
 
-def locate(uri: str) -> Location:
-    """The location of a path or URI; raises ``UsageError`` for a scheme that nothing here opens."""
+def locate(uri: str, *, patience: float = PATIENCE_SECONDS) -> Location:
+    """The location of a path or URI; raises ``UsageError`` for one that nothing here opens."""
+    _check_utf8(uri)
     if "://" not in uri:
-        return Location(str(Path(uri).expanduser().absolute()), str(Path(uri).expanduser().absolute()))
-    return Location(uri, open_uri(uri)[1])
+        path = str(Path(uri).expanduser().absolute())
+        return Location(path, path, patience)
+    return Location(uri, open_uri(uri)[1], patience)
+
+
+def _check_utf8(uri: str) -> None:
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the path {uri!r} is not UTF-8.", remedy="Rename it.") from None
 
 
 @lru_cache(maxsize=16)
@@ -81,8 +107,11 @@ def open_uri(uri: str) -> tuple[Any, str]:
 
         try:
             other, path = fsspec.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise UsageError(f"{uri}: {error}", remedy="Use a local path or s3://, gs://, hf:// ...") from error
+        except FSSPEC_ERRORS as error:
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise UsageError(
+                f"{uri} cannot be opened: {reason}.", remedy="Use a local path or s3://, gs://, hf:// ..."
+            ) from error
         return pafs.PyFileSystem(pafs.FSSpecHandler(other)), path
     except OSError as error:
         raise UsageError(
@@ -99,11 +128,11 @@ def may_pass(error: BaseException) -> bool:
 
 
 def patient(location: Location, work: Callable[[], T]) -> T:
-    """Do ``work``; on a remote store again and again while its failures may pass, for ``PATIENCE_SECONDS``."""
+    """Do ``work``; on a remote store again and again while its failures may pass."""
     if location.is_local:
         return work()
     retrying = tenacity.Retrying(
-        stop=tenacity.stop_after_delay(PATIENCE_SECONDS),
+        stop=tenacity.stop_after_delay(location.patience),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=8),
         retry=tenacity.retry_if_exception(may_pass),
         reraise=True,
@@ -113,8 +142,21 @@ def patient(location: Location, work: Callable[[], T]) -> T:
 
 def exists(location: Location) -> bool:
     """Whether a file or folder is there; raises ``StorageError``."""
-    info = _told(location, lambda: location.fs.get_file_info(location.path))
-    return bool(info.type != pafs.FileType.NotFound)
+    return bool(_type(location) != pafs.FileType.NotFound)
+
+
+def is_file(location: Location) -> bool:
+    """Whether a file is there; raises ``StorageError``."""
+    return bool(_type(location) == pafs.FileType.File)
+
+
+def is_folder(location: Location) -> bool:
+    """Whether a folder is there; raises ``StorageError``."""
+    return bool(_type(location) == pafs.FileType.Directory)
+
+
+def _type(location: Location) -> pafs.FileType:
+    return _told(location, lambda: location.fs.get_file_info(location.path)).type
 
 
 def list_files(folder: Location, *, recursive: bool = False) -> list[pafs.FileInfo]:

@@ -85,15 +85,38 @@ def passed_through(batch: pa.RecordBatch, columns: Iterable[str], rows: Sequence
 
 
 def _storable(column: pa.Array) -> pa.Array:
-    if pa.types.is_string_view(column.type):
-        return column.cast(pa.large_string())
-    return column
+    kind = _storable_type(column.type)
+    return column if kind == column.type else column.cast(kind)
+
+
+def _storable_type(kind: pa.DataType) -> pa.DataType:
+    """The type with views, which pyarrow reads but cannot pick rows of, made plain at any depth."""
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([_storable_field(field) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_storable_field(kind.key_field), _storable_field(kind.item_field), keys_sorted=kind.keys_sorted)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_storable_field(kind.value_field))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_storable_field(kind.value_field), kind.list_size)
+    return pa.list_(_storable_field(kind.value_field)) if pa.types.is_list(kind) else kind
+
+
+def _storable_field(field: pa.Field) -> pa.Field:
+    return field.with_type(_storable_type(field.type))
 
 
 def error_columns(
     batch: pa.RecordBatch, columns: Iterable[str], rows: Sequence[int], samples: Sequence[Sample], source_file: str
 ) -> dict[str, Any]:
-    """The rows that could not be done, with why; text that is not UTF-8 is shown with replacement characters."""
+    """The rows that could not be done, with why; text that is not UTF-8 is shown with replacement characters.
+
+    Dictionary-encoded text comes out plain, so that every batch has one schema whatever it holds.
+    """
     found = passed_through(batch, columns, rows)
     return {name: _readable(column) for name, column in found.items()} | {
         "source_file": pa.array([source_file] * len(samples), pa.string()),
@@ -107,10 +130,10 @@ def error_columns(
 def _readable(column: pa.Array) -> pa.Array:
     if not is_text(column.type):
         return column
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     values = texts(column)
     if not any(isinstance(value, UnicodeDecodeError) for value in values):
         return column
     shown = [v.object.decode(errors="replace") if isinstance(v, UnicodeDecodeError) else v for v in values]
-    return pa.array(shown, pa.large_string()).cast(
-        column.type if not pa.types.is_dictionary(column.type) else pa.string()
-    )
+    return pa.array(shown, pa.large_string()).cast(column.type)

@@ -12,7 +12,9 @@ from serving.models import resolve_model
 from serving.replica import Replica
 
 DEPLOYMENT = "Replica"
-HEALTH_CHECK_PERIOD_S = 2.0
+HEALTH_CHECK_PERIOD_S = 1.0
+"""Serve starts a replica again after three failed checks in a row."""
+
 HEALTH_CHECK_TIMEOUT_S = 30.0
 SIMULATED_CORES = 0.001
 """What a simulated replica asks of Ray: enough to be counted, so little that hundreds fit a laptop."""

@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,24 +59,46 @@ CPU_DEFAULTS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 
 """Without compilation an engine starts in a third of the time; without a size vLLM would take most of the memory."""
 
 
+PLAIN_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "None": (type(None),),
+}
+"""What an annotation of vLLM's takes, where that can be told without vLLM."""
+
+
 @cache
-def engine_argument_names() -> frozenset[str]:
-    """The names of vLLM's engine arguments, read from its source: importing it would take seconds and 700 MB."""
+def engine_arguments() -> dict[str, list[str]]:
+    """vLLM's engine arguments by name, with the members of their annotations (``int | None``: both).
+
+    They are read from its source: importing it would take seconds and 700 MB.
+    """
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
-        return frozenset()
+        return {}
     source = Path(spec.submodule_search_locations[0], "engine", "arg_utils.py").read_text(encoding="utf-8")
     classes = [
         n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name in ("EngineArgs", "AsyncEngineArgs")
     ]
     fields = (f for c in classes for f in c.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name))
-    return frozenset(f.target.id for f in fields if isinstance(f.target, ast.Name))
+    return {f.target.id: _members(f.annotation) for f in fields if isinstance(f.target, ast.Name)}
 
 
-def check_engine_args(names: Iterable[str]) -> None:
-    """Refuse engine arguments that vLLM does not know or that spanfill sets itself; raises ``ConfigError``."""
-    known = engine_argument_names()
-    for name in names:
+def _members(annotation: ast.expr) -> list[str]:
+    if isinstance(annotation, ast.BinOp):
+        return _members(annotation.left) + _members(annotation.right)
+    return [ast.unparse(annotation)]
+
+
+def check_engine_args(arguments: Mapping[str, Any]) -> None:
+    """Refuse engine arguments that vLLM does not know or that spanfill sets itself, and values of the wrong type.
+
+    Raises ``ConfigError``.
+    """
+    known = engine_arguments()
+    for name, value in arguments.items():
         if name in OWN_ARGUMENTS:
             raise ConfigError(
                 f"engine argument {name} cannot be set here.", remedy=f"It is set by {OWN_ARGUMENTS[name]}."
@@ -85,6 +107,20 @@ def check_engine_args(names: Iterable[str]) -> None:
             close = difflib.get_close_matches(name, known, n=3)
             hint = f"Did you mean {', '.join(close)}?" if close else "See vLLM's engine arguments."
             raise ConfigError(f"engine argument {name} is unknown to vLLM {installed_version('vllm')}.", remedy=hint)
+        kinds = known.get(name, [])
+        if not _fits(value, kinds):
+            wanted = " or ".join(kinds)
+            raise ConfigError(
+                f"engine argument {name} = {value!r} is {type(value).__name__}, not {wanted}.",
+                remedy="Write numbers plainly, true or false for bool, null for None.",
+            )
+
+
+def _fits(value: Any, kinds: Sequence[str]) -> bool:
+    """Whether a value is of one of the types; True where one of them is not plain, since only vLLM can tell then."""
+    if not kinds or any(kind not in PLAIN_TYPES for kind in kinds):
+        return True
+    return any(type(value) in PLAIN_TYPES[kind] for kind in kinds)
 
 
 def installed_version(package: str) -> str:

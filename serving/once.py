@@ -10,12 +10,23 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from serving.config import EngineConfig
+from pydantic import Field
+
+from serving.config import EngineConfig, Frozen
 from serving.engine import VllmEngine
 from serving.errors import EngineError
 from serving.formats import Infill, load_format
 from serving.models import resolve_model
 from serving.protocol import INTERACTIVE_PRIORITY, Request, Sampling
+
+
+class InfillOptions(Frozen):
+    """What ``infill`` decodes with, checked before anything is loaded."""
+
+    max_tokens: int = Field(ge=1)
+    temperature: float = Field(ge=0, le=10)
+    top_p: float = Field(gt=0, le=1)
+    seed: int = Field(ge=0, lt=1 << 63)
 
 
 def infill(
@@ -34,8 +45,11 @@ def infill(
 
     The engine of the latest model is kept, so the first call takes tens of seconds and the next ones do not. Returns
     the infill's ``text`` and ``finish_reason``. Raises ``ModelError`` for an unknown model, ``FormatError`` when the
-    model cannot infill, ``ConfigError`` when ``max_tokens`` does not fit, ``EngineError`` when the engine refuses.
+    model cannot infill, ``ConfigError`` for an option out of its range or ``max_tokens`` that do not fit,
+    ``EngineError`` when the engine refuses.
     """
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    InfillOptions.parse(options, where="infill")
     known = resolve_model(model, format=format)
     fmt = load_format(known.format, tokenizer_of=model)
     prompt = fmt.prompt(prefix, suffix, max_tokens=max_tokens, max_context=known.context)

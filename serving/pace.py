@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 UNMEASURED_SECONDS = 600.0
-"""Patience before anything was measured: one step of a large prefill on a slow CPU may take minutes."""
+"""A replica's patience before anybody measured: one step of a large prefill on a slow CPU may take minutes."""
 
 LEAST_SECONDS = 10.0
 """Patience of the fastest engine: a starved machine or a garbage collection is no hang."""
@@ -29,10 +29,10 @@ class Pace:
         self._mean += (seconds - self._mean) / 8
 
     @property
-    def patience(self) -> float:
-        """Seconds without one engine step after which a micro-batch is given up."""
+    def patience(self) -> float | None:
+        """Seconds without one engine step after which a micro-batch is given up; None before a measurement."""
         if self._mean is None:
-            return UNMEASURED_SECONDS
+            return None
         return max(LEAST_SECONDS, FACTOR * (self._mean + 4 * self._deviation))
 
 

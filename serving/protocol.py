@@ -41,13 +41,18 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The unit of a call to a replica; ``alone``: nothing else may run in the engine beside it."""
+    """The unit of a call to a replica; ``alone``: nothing else may run in the engine beside it.
+
+    ``patience`` is what the caller's measured pace allows an engine to stand still, in seconds: it counts where the
+    replica has measured nothing of its own yet, as after a restart.
+    """
 
     requests: tuple[Request, ...]
     sampling: Sampling
     priority: int = BATCH_PRIORITY
     cache_salt: str | None = None
     alone: bool = False
+    patience: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

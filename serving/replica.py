@@ -10,7 +10,7 @@ from serving.config import EngineConfig, ReplicaConfig
 from serving.cores import claim_cores
 from serving.engine import VllmEngine
 from serving.errors import EngineDeadError, EngineGoneError, EngineHungError
-from serving.pace import Gate, Pace
+from serving.pace import UNMEASURED_SECONDS, Gate, Pace
 from serving.protocol import Engine, EngineInfo, EngineStats, MicroBatch, MicroBatchResult, Result
 from serving.simulated import SimulatedEngine
 
@@ -62,7 +62,7 @@ class Replica:
         ]
         answers = asyncio.gather(*tasks)
         try:
-            results = await self._unless_hung(answers)
+            results = await self._unless_hung(answers, batch.patience or UNMEASURED_SECONDS)
         finally:
             answers.cancel()
             for task in tasks:
@@ -70,10 +70,10 @@ class Replica:
         self._pace.record(time.monotonic() - started)
         return tuple(results)
 
-    async def _unless_hung(self, answers: "asyncio.Future[list[Result]]") -> list[Result]:
+    async def _unless_hung(self, answers: "asyncio.Future[list[Result]]", unmeasured: float) -> list[Result]:
         """Wait as long as the engine steps; one that does not, for its measured patience, is hung for everybody."""
         while not self._hung.done():
-            steps, patience = self._engine.stats().steps, self._pace.patience
+            steps, patience = self._engine.stats().steps, self._pace.patience or unmeasured
             await asyncio.wait((answers, self._hung), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             if answers.done():
                 return answers.result()

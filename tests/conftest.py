@@ -1,5 +1,6 @@
 """Fixtures that the whole suite shares: the command in this process, small checkpoints, small inputs."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ def write_rows(tmp_path: Path) -> WriteRows:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """One Ray for every job that a test runs in this process."""
+    """One Ray for every job that a test runs in this process; its workers know the credentials of the test's S3."""
+    os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

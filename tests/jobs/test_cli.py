@@ -115,6 +115,10 @@ def test_files_that_differ_in_a_column_are_named(run: Command, write_rows: Write
         (["--engine", "vllm", "--engine-arg", "max_num_seq=3"], "max_num_seq is unknown to vLLM"),
         (["--engine-arg", "max_num_seq=3"], "engine_args of the instant engine: max_num_seq = 3"),
         (["--engine", "vllm", "--engine-arg", "dtype=float16"], "--dtype"),
+        (["--engine", "vllm", "--engine-arg", "max_num_seqs=abc"], "max_num_seqs = 'abc' is str, not int"),
+        (["--engine-arg", "max_num_seqs=["], "--engine-arg max_num_seqs=[ is not YAML"),
+        (["--engine-arg", "max_num_seqs=2024-13-45"], "max_num_seqs=2024-13-45 is not YAML"),
+        (["--input", "ftp://127.0.0.1:1/x"], "ftp://127.0.0.1:1/x cannot be opened"),
         (["--format", "morse"], "format morse is unknown"),
         (["--keep-columns", "colour"], "column colour is missing"),
         (["--job", "nowhere.yaml"], "nowhere.yaml cannot be read"),
@@ -151,6 +155,14 @@ def test_an_output_that_cannot_be_written_is_named(spanfill: Command, write_rows
     done = spanfill("run", "--input", rows, "--output", "/proc/out", "--model", checkpoint, "--engine", "instant")
     assert (done.code, "/proc/out" in done.stderr) == (USAGE, True), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_output_that_is_a_file_is_refused(spanfill: Command, write_rows: WriteRows, checkpoint: Path) -> None:
+    rows = write_rows(prefix=["a"])
+    before = rows.read_bytes()
+    done = spanfill("run", "--input", rows, "--output", rows, "--model", checkpoint, "--engine", "instant")
+    assert (done.code, "rows.parquet is a file" in done.stderr) == (USAGE, True), done.stderr
+    assert rows.read_bytes() == before
 
 
 def test_an_unknown_key_in_a_job_file_is_named(run: Command, write_rows: WriteRows, tmp_path: Path) -> None:
@@ -213,6 +225,12 @@ def test_pairs_writes_and_reports(spanfill: Command, tmp_path: Path) -> None:
     done = spanfill("pairs", tmp_path / "a.py", "--output", tmp_path / "p.parquet", "--mode", "line", "--json")
     assert done.code == 0
     assert json.loads(done.stdout)["pairs"] == pq.read_metadata(tmp_path / "p.parquet").num_rows == 2
+
+
+def test_pairs_refuses_a_folder_as_its_output(spanfill: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    done = spanfill("pairs", tmp_path / "a.py", "--output", tmp_path)
+    assert (done.code, "is a folder. Name a file, for example" in done.stderr) == (USAGE, True), done.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "pairs", "infill", "explain", "show", "models", "demo", "bench feed"])

@@ -126,11 +126,23 @@ def test_what_is_skipped_is_counted_by_reason(tree: Path) -> None:
     (tree / "empty.py").write_text(" \n")
     (tree / "notes.xyz").write_text("?")
     (tree / "test_a.py").write_text(PYTHON)
+    (tree / "bad\udcff.py").write_text(PYTHON)
     (tree / "node_modules").mkdir()
     (tree / "node_modules" / "x.js").write_text(JAVASCRIPT)
     rows, report = cut(tree, max_file_bytes=5_500, exclude=["test_*"])
     assert dict(report.skipped) == dict.fromkeys(
-        ("binary", "not_utf8", "generated", "long_lines", "too_long", "empty", "unknown_language", "excluded"), 1
+        (
+            "binary",
+            "not_utf8",
+            "generated",
+            "long_lines",
+            "too_long",
+            "empty",
+            "unknown_language",
+            "excluded",
+            "name_not_utf8",
+        ),
+        1,
     )
     assert {row["path"] for row in rows} == {"pkg/a.py", "b.js", "C.java", "d.go", "e.rs"}
 

@@ -43,9 +43,17 @@ def test_listing_is_sorted_and_empty_without_a_folder(tmp_path: Path) -> None:
     assert [info.base_name for info in list_files(root)] == ["a", "b"]
 
 
-def test_an_unknown_scheme_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="carrier-pigeon"):
-        locate("carrier-pigeon://roof/loft")
+@pytest.mark.parametrize(
+    "uri", ["carrier-pigeon://roof/loft", "ftp://127.0.0.1:1/x", "github://x/y", "dir://x", "zip://a::/no/such.zip"]
+)
+def test_what_nothing_here_opens_is_a_usage_error(uri: str) -> None:
+    with pytest.raises(UsageError, match=f"{uri} cannot be opened: .+"):
+        locate(uri)
+
+
+def test_a_path_that_is_not_utf8_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="not UTF-8"):
+        locate("bad\udcff")
 
 
 def test_an_fsspec_store_works_like_a_disk() -> None:

@@ -21,13 +21,40 @@ def test_fingerprints_tell_configurations_apart() -> None:
 
 def test_an_engine_argument_that_vllm_does_not_know_is_refused_with_its_neighbour() -> None:
     with pytest.raises(ConfigError, match=r"max_num_seq is unknown.*max_num_seqs"):
-        check_engine_args(["max_num_seq"])
-    check_engine_args(["max_num_seqs", "enable_chunked_prefill"])
+        check_engine_args({"max_num_seq": 3})
+    check_engine_args({"max_num_seqs": 3, "enable_chunked_prefill": True})
 
 
 def test_engine_arguments_that_are_options_of_their_own_say_which() -> None:
     with pytest.raises(ConfigError, match="--dtype"):
-        check_engine_args(["dtype"])
+        check_engine_args({"dtype": "float16"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("max_num_seqs", "abc", "max_num_seqs = 'abc' is str, not int or None"),
+        ("max_num_seqs", 2.5, "is float, not int"),
+        ("max_num_seqs", True, "is bool, not int"),
+        ("block_size", [16], "is list, not int"),
+        ("gpu_memory_utilization", "most", "is str, not float"),
+        ("gpu_memory_utilization", None, "is NoneType, not float"),
+        ("enforce_eager", "maybe", "is str, not bool"),
+        ("model_impl", 3, "is int, not str"),
+    ],
+)
+def test_an_engine_argument_of_the_wrong_type_is_refused_with_the_right_one(
+    name: str, value: object, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_engine_args({name: value})
+
+
+def test_what_only_vllm_can_judge_is_left_to_it() -> None:
+    check_engine_args(
+        {"max_num_seqs": None, "gpu_memory_utilization": 1, "enforce_eager": False, "cpu_offload_gb": 0.5}
+    )
+    check_engine_args({"compilation_config": {"level": 3}, "kv_cache_dtype": 7, "quantization": "fp8"})
 
 
 @pytest.mark.parametrize(("text", "words"), [("a: [", "not YAML"), ("- 1", "not a mapping"), (None, "cannot be read")])
