@@ -89,22 +89,23 @@ class Crew:
                     tally = ray.get(reference)
                     del seat.units[reference]
                     finished += [tally] if tally is not None else []
-            except RayActorError:
-                self._replace(seat)
+            except RayActorError as error:
+                self._replace(seat, error)
             except RayTaskError as error:
                 if isinstance(error.cause, SpanfillError):
                     raise error.cause from None
                 raise
         return finished
 
-    def _replace(self, seat: _Seat) -> None:
+    def _replace(self, seat: _Seat, death: RayActorError) -> None:
         self._deaths += 1
         units = list(seat.units.values())
         if self._deaths > MOST_DEATHS:
             names = ", ".join(f"{self._files[u.file].name} rows {u.start} to {u.stop}" for u in units[:UNITS_AHEAD])
             raise FeederError(
-                f"{self._deaths} feeders died one after the other without finishing a row, last with {names}.",
-                remedy="Often memory runs out: try a smaller --rows-per-part. Then run again to resume.",
+                f"{self._deaths} feeders died one after the other without finishing a row, last with {names}: "
+                f"{' '.join(str(death).split())[:300]}",
+                remedy="If memory ran out, begin with a smaller --rows-per-part. Then run again to resume.",
             )
         self._left.extendleft(reversed(units))
         seat.units, seat.feeder = {}, self._hire()

@@ -7,6 +7,7 @@ counts as dead when it lived on this machine and its process is gone, or when it
 """
 
 import json
+import os
 import platform
 import threading
 import time
@@ -16,8 +17,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from jobs.store import Location, create, delete, list_files, publish_bytes, read_bytes
 from serving.errors import JobHeldError, LeaseLostError, StorageError
@@ -33,7 +32,7 @@ class Holder:
     host: str
     machine: str
     pid: int
-    born: float
+    born: int
     token: str
     since: float
     beat: float
@@ -43,15 +42,28 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it released the lease, or was a process of this machine that is no more."""
+        """Whether it released the lease, or was a process of this machine that is no more or no longer holds it."""
         if self.released:
             return True
         if self.machine != machine():
             return False
-        try:
-            return bool(psutil.Process(self.pid).create_time() != self.born)
-        except psutil.NoSuchProcess:
-            return True
+        return self.token not in _held_here if self.pid == os.getpid() else birth(self.pid) != self.born
+
+
+_held_here: set[str] = set()
+"""Tokens of the leases that this process holds."""
+
+
+def birth(pid: int) -> int | None:
+    """When a live process of this machine began, in clock ticks since boot; None for one that is no more.
+
+    Field 22 of ``/proc/PID/stat`` (man 5 proc): unlike a time of day it stays what it was when the clock is set.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def machine() -> str:
@@ -86,9 +98,8 @@ class Lease:
 
         Raises ``JobHeldError`` naming the holder when it is, ``StorageError`` when nothing can be written there.
         """
-        me = psutil.Process()
-        now = time.time()
-        holder = Holder(platform.node(), machine(), me.pid, me.create_time(), uuid.uuid4().hex, now, now)
+        me, now = os.getpid(), time.time()
+        holder = Holder(platform.node(), machine(), me, birth(me) or 0, uuid.uuid4().hex, now, now)
         found = _latest(output)
         if found is not None:
             number, before = found
@@ -98,11 +109,12 @@ class Lease:
             if not before.released:
                 say(f"taking over from {_words(before)}, which is gone")
         number = found[0] + 1 if found else 1
-        if not create(_file(output, number), _dump(holder)):
-            raise _held(output, read_holder(output))
-        for old in _numbers(output):
-            if old < number:
-                delete(_file(output, old))
+        _held_here.add(holder.token)
+        try:
+            _create(output, number, holder)
+        except BaseException:
+            _held_here.discard(holder.token)
+            raise
         return cls(output, number, holder)
 
     def tell(self, **told: Any) -> None:
@@ -128,6 +140,7 @@ class Lease:
         """Let go, saying so; a lease that is lost or cannot be written falls silent instead."""
         self._ended.set()
         self._thread.join()
+        _held_here.discard(self._holder.token)
         if self._lost is None:
             with suppress(LeaseLostError, StorageError):
                 self._write(released=True)
@@ -154,6 +167,19 @@ class Lease:
         publish_bytes(_file(self._output, self._number), data)
 
 
+def _create(output: Location, number: int, holder: Holder) -> None:
+    """Create a lease file and remove those before it; raises ``JobHeldError`` when somebody else was faster."""
+    if not create(_file(output, number), _dump(holder)):
+        raise _held(output, read_holder(output))
+    numbers = _numbers(output)
+    if max(numbers) > number:  # The number was chosen by a listing older than somebody's takeover.
+        delete(_file(output, number))
+        raise _held(output, read_holder(output))
+    for old in numbers:
+        if old < number:
+            delete(_file(output, old))
+
+
 def _file(output: Location, number: int) -> Location:
     return output.join("_spanfill", "lease", f"{number:08d}.json")
 
@@ -170,7 +196,7 @@ def _latest(output: Location) -> tuple[int, Holder] | None:
         except FileNotFoundError:
             continue  # Its successor removed it between the listing and the reading.
         except (ValueError, TypeError):
-            return max(numbers), Holder("unknown", "", 0, 0.0, "", 0.0, 0.0, released=True)  # Damaged by somebody.
+            return max(numbers), Holder("unknown", "", 0, 0, "", 0.0, 0.0, released=True)  # Damaged by somebody.
     return None
 
 

@@ -140,8 +140,7 @@ class Ledger:
 
     def plan(self, files: Sequence[InputFile], units: Iterable[Unit]) -> list[Unit]:
         """The stored plan, or ``units`` stored as such; raises ``OutputError`` when it is damaged."""
-        location = self._state("plan.arrow")
-        if not exists(location):
+        if not self.has_plan:
             publish_bytes(self._state("inputs.json"), json.dumps([asdict(file) for file in files]).encode())
             self.store_plan(units)
         return self.planned()
@@ -149,6 +148,11 @@ class Ledger:
     def store_plan(self, units: Iterable[Unit]) -> None:
         """Store the units as the job's plan; a stored plan may grow, and nothing else."""
         publish_bytes(self._state("plan.arrow"), dump_plan(units))
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether a plan is stored: a job killed in its first moments has none, and its next run makes it."""
+        return exists(self._state("plan.arrow"))
 
     def planned(self) -> list[Unit]:
         """The stored plan; raises ``OutputError`` when it is damaged or missing."""

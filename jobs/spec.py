@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
@@ -128,6 +129,10 @@ def parse_spec(values: dict[str, Any]) -> JobSpec:
 
 
 def stored_spec(spec: JobSpec) -> dict[str, Any]:
-    """The spec as a job's folder keeps it: credentials that a URI holds are left out."""
+    """The spec as a job's folder keeps it: paths absolute, and without the credentials that a URI may hold."""
     values = spec.model_dump(mode="json")
-    return values | {name: re.sub(r"://[^/@]*@", "://", values[name]) for name in ("input", "output")}
+    return values | {name: _stored_path(values[name]) for name in ("input", "output")}
+
+
+def _stored_path(text: str) -> str:
+    return re.sub(r"://[^/@]*@", "://", text) if "://" in text else str(Path(text).expanduser().absolute())

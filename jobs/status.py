@@ -47,7 +47,8 @@ def read_status(folder: str) -> Status:
     ledger = Ledger(output, read_job(output)["fingerprint"])
     holder = read_holder(output)
     try:
-        units, manifest = ledger.planned(), read_manifest(output)
+        units = ledger.planned() if ledger.has_plan or ledger.done() else []
+        manifest = read_manifest(output)
     except OutputError as error:
         return Status("damaged" if not _is_alive(holder) else "running", problems=(error.message,), **_who(holder))
     if manifest is not None:
@@ -84,7 +85,8 @@ def _unfinished(ledger: Ledger, units: Sequence[Unit], holder: Holder | None) ->
     done = ledger.done()
     alive = _is_alive(holder)
     told = holder.told if holder else {}
-    reports = {int(info.base_name.split(".")[0]) for info in _files(ledger, "_spanfill/reports")}
+    names = (info.base_name.removesuffix(".json") for info in _files(ledger, "_spanfill/reports"))
+    reports = {int(name) for name in names if name.isdigit()}
     problems = [f"part {index} has no report" for index in sorted(done - reports)]
     rows, codes = told.get("rows", 0), told.get("error_codes", {})
     if not alive:
@@ -108,11 +110,19 @@ def _unfinished(ledger: Ledger, units: Sequence[Unit], holder: Holder | None) ->
 
 
 def _done(ledger: Ledger, units: Sequence[Unit], done: set[int]) -> Tally:
-    """Rows and errors of the finished parts and of the journals of those under way."""
+    """Rows and errors of the finished parts and of the journals of those under way.
+
+    Error rows that are being retried, or were and are not settled yet, count where they are retried alone.
+    """
+    retried = {unit.retries for unit in units}
     total = Tally()
-    for report in ledger.try_reports(sorted(done)):
+    finished = sorted(done)
+    for index, report in zip(finished, ledger.try_reports(finished), strict=True):
         if report is not None:
-            total.add(Tally(rows=report.tally.rows, error_codes=report.tally.error_codes))
+            tally = report.tally
+            again = index in retried
+            codes = {} if again else tally.error_codes
+            total.add(Tally(rows=tally.rows - tally.errors * again, error_codes=codes))
     for unit in units:
         if unit.index not in done:
             rows, codes = ledger.journal(unit.index).peek()

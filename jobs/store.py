@@ -213,7 +213,7 @@ def publish(location: Location, *, once: bool = False) -> Iterator[Any]:
 
 
 def create(location: Location, data: bytes) -> bool:
-    """Write a file unless it is there: of many who try at once, one gets True. Raises ``StorageError``.
+    """Write a file unless it is there: of many who try with different data, one gets True. Raises ``StorageError``.
 
     On a disk a hard link of the finished file, on S3, Google Cloud Storage and Azure a conditional put, elsewhere what
     fsspec's mode ``create`` does there.

@@ -42,6 +42,8 @@ def verify(folder: str) -> Verdict:
         check = _Check(ledger, JobSpec.model_validate(job["spec"]), verdict)
     except InputError as error:
         raise InputError(f"the input cannot be compared: {error.message}", remedy=error.remedy) from error
+    planned = {unit.index for unit in units}
+    verdict.problems += [f"{ledger.part(index).name} is not in the plan" for index in sorted(done - planned)]
     for unit in units:
         if unit.index in done:
             check.unit(unit)
@@ -97,16 +99,16 @@ class _Check:
             yield f"{part.name} has no readable report"
             return
         yield from self._changed(report)
+        columns = ["sample", *([self._key] if self._key else [])]
+        table = _read(part, columns)
+        failed = self._failed(unit.index)
+        self._verdict.rows += table.num_rows
+        self._verdict.errors += len(failed) if exists(self._ledger.errors(unit.index)) else 0
         digest, keys = self._input(unit)
         if digest != report.input:
             yield f"{part.name}: its input's rows are not what they were when it was made"
-        failed = self._failed(unit.index)
         wanted = range(unit.start, unit.stop) if unit.retries < 0 else sorted(self._failed(unit.retries))
         expected = [row for row in wanted if row not in failed]
-        columns = ["sample", *([self._key] if self._key else [])]
-        table = _read(part, columns)
-        self._verdict.rows += table.num_rows
-        self._verdict.errors += len(failed) if exists(self._ledger.errors(unit.index)) else 0
         samples = list(range(self._spec.n)) * len(expected)
         if table.num_rows != len(samples):
             yield f"{part.name} holds {table.num_rows} rows, not {len(samples)}"
@@ -140,6 +142,8 @@ class _Check:
     def _rows(self, unit: Unit) -> Iterator[pa.RecordBatch]:
         if not self._then or unit.rows == 0:
             return iter(())
+        if unit.file >= len(self._then):
+            raise InputError(f"the plan names input file {unit.file}, of {len(self._then)}.")
         file: InputFile | None = self._now.get(self._then[unit.file].name)
         if file is None:
             raise InputError(f"{self._then[unit.file].name} is gone.", remedy="Put it back to verify its rows.")

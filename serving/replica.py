@@ -65,6 +65,8 @@ class Replica:
             results = await self._unless_hung(answers, batch.patience or UNMEASURED_SECONDS)
         finally:
             answers.cancel()
+            if answers.done() and not answers.cancelled():
+                answers.exception()  # Seen: the caller learns why it gave up, not what came after.
             for task in tasks:
                 task.cancel()
         self._pace.record(time.monotonic() - started)

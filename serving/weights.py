@@ -11,6 +11,9 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 CONFIGURATION = (".json", ".model", ".txt", ".tiktoken", ".jinja")
 SAMPLES = 64
 SAMPLE_BYTES = 4_096
+MOST_HEADER_BYTES = 16 << 20
+"""Several times the header of the largest models; one that says it is longer is damaged."""
+
 HUB_SECONDS = 10.0
 
 
@@ -39,13 +42,12 @@ def resolve_revision(model: Model) -> str | None:
     """
     if model.path is not None or model.hub_id is None:
         return None
-    import httpx
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     try:
         return HfApi().model_info(model.hub_id, revision=model.revision, timeout=HUB_SECONDS).sha or model.revision
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError):
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError):
         found = try_to_load_from_cache(model.hub_id, "config.json", revision=model.revision)
         return Path(found).parent.name if isinstance(found, str) else model.revision
 
@@ -55,7 +57,7 @@ def _weights(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
-            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), size)))
+            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), MOST_HEADER_BYTES)))
         step = max(SAMPLE_BYTES, size // SAMPLES)
         # The last block holds what a .bin, which is a zip archive, says of its members, checksums included.
         for at in (*range(0, size, step), max(0, size - (1 << 16))):

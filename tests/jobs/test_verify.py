@@ -238,7 +238,6 @@ def test_a_plan_that_gained_a_unit_is_noticed(clean: JobFolder) -> None:
 
 def test_a_part_that_no_plan_has_is_noticed_before_the_job_is_finished(clean: JobFolder) -> None:
     """Every finished part is to be checked; this one would be read by whoever reads data/."""
-    # FAILS: verify looks at the parts that are planned alone; only a manifest would tell of the others.
     clean.interrupt()
     name = clean.part(PARTS - 1).name
     replan(clean, lambda units: units[:-1])
@@ -246,7 +245,6 @@ def test_a_part_that_no_plan_has_is_noticed_before_the_job_is_finished(clean: Jo
 
 
 def test_a_plan_of_a_file_that_is_not_there_is_noticed(clean: JobFolder) -> None:
-    # FAILS: IndexError from _Check._rows, a traceback for the user.
     replan(clean, lambda units: [replace(units[0], file=7), *units[1:]])
     assert any(clean.part(0).name in problem for problem in checked(clean).problems)
 
@@ -324,7 +322,6 @@ def test_an_input_with_fewer_rows_is_a_problem_of_the_parts_that_lack_them(clean
 
 
 def test_parts_whose_input_is_gone_still_hold_their_rows(clean: JobFolder) -> None:
-    # FAILS: a part's rows are counted after its input was read, so "the files hold 25" rows where they hold 40.
     (clean.input / "b.parquet").unlink()
     verdict = checked(clean)
     assert verdict.rows == TOTAL

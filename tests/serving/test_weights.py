@@ -185,7 +185,6 @@ def test_of_a_large_file_a_few_megabytes_are_read(tmp_path: Path, name: str, siz
 
 def test_a_header_that_lies_about_its_length_is_not_read_to_the_end(tmp_path: Path) -> None:
     """As a download that broke off leaves it, or a file that is no safetensors."""
-    # FAILS: _weights reads as many bytes as the first eight say, at most the whole file, at once into memory.
     sparse(tmp_path / "model.safetensors", 256 << 20, (1 << 40).to_bytes(8, "little"))
     before = bytes_read()
     weights_identity(Model("broken", "codegen25", 2_048, path=tmp_path), None)
@@ -289,7 +288,6 @@ def test_where_the_hub_fails_the_cache_tells(hub: Hub, cache: Path, status: int)
 @pytest.fixture(params=["offline", "unreachable"])
 def away(request: pytest.FixtureRequest, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No hub: switched off by the user, or nothing listens there."""
-    # FAILS (unreachable): huggingface_hub 2 raises httpx2.ConnectError, resolve_revision catches httpx.HTTPError.
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", request.param == "offline")
