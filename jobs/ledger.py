@@ -141,9 +141,13 @@ class Ledger:
     def plan(self, files: Sequence[InputFile], units: Iterable[Unit]) -> list[Unit]:
         """The stored plan, or ``units`` stored as such; raises ``OutputError`` when it is damaged."""
         if not self.has_plan:
-            publish_bytes(self._state("inputs.json"), json.dumps([asdict(file) for file in files]).encode())
+            self.store_inputs(files)
             self.store_plan(units)
         return self.planned()
+
+    def store_inputs(self, files: Sequence[InputFile]) -> None:
+        """Store what the input files are."""
+        publish_bytes(self._state("inputs.json"), json.dumps([asdict(file) for file in files]).encode())
 
     def store_plan(self, units: Iterable[Unit]) -> None:
         """Store the units as the job's plan; a stored plan may grow, and nothing else."""

@@ -169,9 +169,29 @@ def _footer(root: Location, info: pafs.FileInfo, name: str) -> tuple[InputFile, 
         ) from error
     groups = (metadata.metadata.row_group(i) for i in range(metadata.metadata.num_row_groups))
     size = sum(group.total_byte_size for group in groups)
-    modified = info.mtime_ns / 1e9 if info.mtime_ns is not None else 0.0
+    modified = modified_time(info)
     rows = metadata.metadata.num_rows
     return InputFile(info.path, name, rows, info.size, size, digest, modified), metadata.schema_arrow
+
+
+def modified_time(info: pafs.FileInfo) -> float:
+    """When a file last changed, in seconds since 1970; 0 where its store does not tell."""
+    return info.mtime_ns / 1e9 if info.mtime_ns is not None else 0.0
+
+
+def check_untouched(root: Location, file: InputFile) -> None:
+    """Raise ``InputChangedError`` when a file was written to since the run began, or has vanished.
+
+    Its rows may be as they were: the next run looks, and goes on if they are.
+    """
+    info = patient(root, lambda: root.fs.get_file_info(file.path))
+    if info.type == pafs.FileType.NotFound:
+        raise InputChangedError(f"{file.name} has vanished.", remedy="Put it back and run again to resume.")
+    if modified_time(info) != file.modified:
+        raise InputChangedError(
+            f"{file.name} was written to while the job ran.",
+            remedy="Put it back if its rows have changed, and run again to resume.",
+        )
 
 
 def _difference(expected: pa.Schema, found: pa.Schema) -> str:

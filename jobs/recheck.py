@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from jobs.digest import InputDigest
+from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader
@@ -21,21 +22,15 @@ BLOCK_BYTES = 4 << 20
 class Recheck:
     """Compares each finished unit with its report in the background; what differs comes out of ``damaged``."""
 
-    def __init__(
-        self, ledger: Ledger, units: Sequence[Unit], spec: JobSpec, root: Location, files: Sequence[InputFile]
-    ) -> None:
+    def __init__(self, ledger: Ledger, units: Sequence[Unit]) -> None:
         self._ledger = ledger
-        self._spec = spec
-        self._root = root
-        self._files = files
-        self._then = {file.name: file for file in ledger.inputs()} if units else {}
         self._damaged: queue.SimpleQueue[Unit] = queue.SimpleQueue()
         self._failure: SpanfillError | None = None
         self._thread = threading.Thread(target=self._run, args=(units,), name="spanfill-recheck", daemon=True)
         self._thread.start()
 
     def damaged(self) -> list[Unit]:
-        """The units found damaged since the last call, set aside by then; raises ``InputChangedError``."""
+        """The units found damaged since the last call, set aside by then; raises ``StorageError``."""
         found: list[Unit] = []
         while not self._damaged.empty():
             found.append(self._damaged.get())
@@ -62,14 +57,33 @@ class Recheck:
         report = self._ledger.read_report(unit.index)
         if report is None:
             return False
-        if self._files and self._files[unit.file].modified != self._then[self._files[unit.file].name].modified:
-            file = self._files[unit.file]
-            if input_digest(self._root, file, unit, self._spec) != report.input:
-                raise InputChangedError(
-                    f"{file.name}, rows {unit.start} to {unit.stop}, is not what it was when they were generated.",
-                    remedy="Put the file back, or start anew with --overwrite.",
-                )
         return all(sha256(self._ledger.output.join(*name.split("/"))) == told for name, told in report.sha256.items())
+
+
+def check_inputs(ledger: Ledger, units: Sequence[Unit], job: Job) -> None:
+    """Compare what a begun job has generated with the rows of those input files that were written to since.
+
+    A new time alone is noted and goes. Raises ``InputChangedError`` naming the first rows that differ.
+    """
+    then = {file.name: file.modified for file in ledger.inputs()}
+    files = job.inputs.files
+    touched = [unit for unit in units if files and files[unit.file].modified != then[files[unit.file].name]]
+    if not touched:
+        return
+
+    def check(unit: Unit) -> None:
+        report = ledger.read_report(unit.index)
+        told = {report.input} if report is not None else ledger.journal(unit.index).replay().digests
+        file = files[unit.file]
+        if told and told != {input_digest(job.inputs.root, file, unit, job.spec)}:
+            raise InputChangedError(
+                f"{file.name}, rows {unit.start} to {unit.stop}, is not what it was when this job began.",
+                remedy="Put the file back and run again to resume, or start anew with --overwrite.",
+            )
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(check, touched))
+    ledger.store_inputs(files)
 
 
 def input_digest(root: Location, file: InputFile, unit: Unit, spec: JobSpec) -> str:

@@ -15,7 +15,7 @@ from jobs.lease import Lease
 from jobs.ledger import Ledger
 from jobs.plan import Unit, plan_units
 from jobs.preflight import check_cluster, versions, writing_is_possible
-from jobs.recheck import Recheck
+from jobs.recheck import Recheck, check_inputs
 from jobs.retry import plan_retries, settle_retries
 from jobs.signals import Signals, interruptible
 from jobs.spec import JobSpec, stored_spec
@@ -113,10 +113,11 @@ def _run(job: Job, ledger: Ledger, lease: Lease, signals: Signals, watcher: Watc
     left = deque(unit for unit in units if unit.index not in done)
     progress = Progress(job.total_rows, resumed_rows=_rows_done(ledger, earlier, left))
     if begun:
+        check_inputs(ledger, units, job)
         watcher.say(f"resuming: {len(earlier)} of {len(units)} parts are done")
     if left:
         ledger.withdraw_manifest()
-    recheck = Recheck(ledger, earlier, job.spec, job.inputs.root, job.inputs.files)
+    recheck = Recheck(ledger, earlier)
     run = _Run(job, ledger, lease, signals, watcher, progress, recheck)
     while left or _redo(run, left, recheck.wait()):
         _feed(run, left)

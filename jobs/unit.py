@@ -13,7 +13,7 @@ from jobs.journal import Sample
 from jobs.ledger import Ledger, Report
 from jobs.order import cut, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
-from jobs.reader import UnitReader, texts
+from jobs.reader import UnitReader, check_untouched, texts
 from jobs.rows import PromptFacts, output_columns, row_ids, row_prompts, row_seeds, to_samples
 from jobs.spec import ROLES, JobSpec
 from jobs.store import Location, exists, patient
@@ -82,6 +82,8 @@ class UnitWork:
         for batch in reader.read(self._file, self.unit):
             digest.add(batch)
             self._prepare_batch(batch, ids)
+        if self.unit.rows:
+            check_untouched(self._config.input, self._file)
         self._digest = digest.hexdigest()
         if digests - {self._digest}:
             raise self._changed("when this job began")

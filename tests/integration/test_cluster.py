@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
+from jobs.verify import verify
 from serving.fleet import PRIVATE_PREFIX
 from serving.lifeline import LIFELINE_SECONDS
 from tests.conftest import WriteRows
+from tests.runs import rows, write_pairs
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
@@ -24,12 +27,18 @@ Ask = Callable[[str], Any]
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def nodes() -> Iterator[Cluster]:
     """Two nodes of one core each."""
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    nodes.add_node(num_cpus=1)
-    yield nodes.address
-    nodes.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(nodes: Cluster) -> str:
+    """Where the cluster is."""
+    return str(nodes.address)
 
 
 @pytest.fixture
@@ -120,3 +129,26 @@ def test_a_job_joins_the_fleet_of_serve_yaml(address: str, ask: Ask, write_rows:
     finally:
         fleet.send_signal(signal.SIGINT)
         fleet.wait(60)
+
+
+def test_a_lost_node_costs_nothing_but_seconds(nodes: Cluster, address: str, tmp_path: Path) -> None:
+    """The node with replicas, and perhaps the feeder, loses its raylet and all its workers at once."""
+    source = write_pairs(tmp_path / "rows.parquet", 6_000)
+    options = ["--engine", "simulated", "--engine-arg", "max_num_seqs=16", "--max-tokens", 32, "--batch-rows", 16]
+    options += ["--replicas", 4, "--feeders", 2, "--rows-per-part", 1_000]
+    lost = nodes.add_node(num_cpus=1)
+    try:
+        job = start(address, source, tmp_path / "out", *options)
+        until(lambda: job.poll() is not None or bool(list((tmp_path / "out").glob("data/*"))), 120)
+        assert job.poll() is None, job.communicate()
+        raylet = psutil.Process(lost.all_processes["raylet"][0].process.pid)
+        workers = [" ".join(process.cmdline()) for process in raylet.children()]
+    finally:
+        nodes.remove_node(lost, allow_graceful=False)
+    stdout, stderr = job.communicate(timeout=300)
+    assert job.returncode == 0, stderr
+    assert any("ServeReplica" in worker for worker in workers), workers
+    manifest = json.loads(stdout)
+    assert (manifest["rows"], manifest["errors"]) == (6_000, 0)
+    assert [row["id"] for row in rows(tmp_path / "out")] == list(range(6_000))
+    assert verify(str(tmp_path / "out")).problems == []

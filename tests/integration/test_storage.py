@@ -152,7 +152,7 @@ def test_an_input_that_changes_or_vanishes_stops_the_job_and_what_is_done_stays(
 
 DISK = """
 mount -t tmpfs -o size=3m disk {disk}
-({until}; dd if=/dev/zero of={disk}/filler bs=4k) >/dev/null 2>&1 &
+({until} && dd if=/dev/zero of={disk}/filler bs=4k) >/dev/null 2>&1 &
 {run}; echo first $?
 find {disk}/out/data {disk}/out/_spanfill/journal -type f
 wait; rm -f {disk}/filler; mount -o remount,size=30m {disk}

@@ -1,0 +1,73 @@
+"""The real engine is killed while it infills: vLLM's core process, its replica, the command itself."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.demo import cut_demo_pairs
+from jobs.verify import verify
+from tests.runs import journaled, rows, running
+
+pytestmark = pytest.mark.engine
+COUNT = 400
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real pairs, each with its row as id."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    cut_demo_pairs(path, rows=COUNT, seed=0)
+    table = pq.read_table(path)
+    table = table.drop_columns(["id"]) if "id" in table.column_names else table
+    pq.write_table(table.add_column(0, "id", [list(range(table.num_rows))]), path)
+    return path
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.8], ids=["greedy", "sampled"])
+def options(request: pytest.FixtureRequest, source: Path) -> list[object]:
+    """In float32, so that the sums of a row do not depend on its neighbours in the batch."""
+    chosen: list[object] = ["--input", source, "--dtype", "float32", "--max-tokens", 24, "--batch-rows", 16]
+    return [*chosen, "--temperature", request.param, "--rows-per-part", 200, "--engine-arg", "max_num_seqs=16"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(options: list[object], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with running(folder / "log", *options, "--output", folder / "out") as run:
+        run.manifest()
+    return rows(folder / "out")
+
+
+def test_kills_of_core_replica_and_driver_change_no_infill(
+    options: list[object], undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    draw, output = random.Random(1), tmp_path / "out"
+
+    def begun() -> bool:
+        return bool(journaled(output) or list(output.glob("data/*")))
+
+    with running(tmp_path / "log", *options, "--output", output) as run:
+        run.until(begun)
+        assert run.kill("engine", draw)
+        run.until(lambda: not run.processes("engine"))
+        run.until(lambda: run.processes("engine"))
+        time.sleep(draw.uniform(0, 3))
+        assert run.kill("replica", draw)
+        run.until(lambda: not run.processes("engine"))
+        run.until(lambda: run.processes("engine"))
+        working = [process for kind in ("engine", "replica", "feeder") for process in run.processes(kind)]
+        run.kill("driver", draw)
+        run.wait()
+        _, alive = psutil.wait_procs(working, timeout=60)
+        assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    with running(tmp_path / "log", *options, "--output", output) as run:
+        manifest = run.manifest()
+    assert (manifest["rows"], manifest["errors"]) == (COUNT, 0)
+    assert rows(output) == undisturbed
+    assert verify(str(output)).problems == []
