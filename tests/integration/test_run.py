@@ -17,7 +17,7 @@ import pytest
 
 from jobs import JobSpec, run_job
 from jobs.runner import Watcher
-from serving.errors import InputChangedError, TooManyErrorsError
+from serving.errors import InputChangedError, OutputError, TooManyErrorsError
 from tests.conftest import WriteRows
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("cluster")]
@@ -282,3 +282,25 @@ def test_an_id_that_is_not_utf8_is_a_bad_row(tmp_path: Path, checkpoint: Path) -
     assert [row["prefix"] for row in read(tmp_path / "out")] == ["a", "c"]
     (error,) = read(tmp_path / "out", "errors")
     assert "column id is not UTF-8 at byte 4" in error["error_message"]
+
+
+def test_a_damaged_part_is_made_anew_before_the_manifest_says_done(
+    write_rows: WriteRows, tmp_path: Path, checkpoint: Path
+) -> None:
+    source = write_rows(prefix=[f"row {i}" for i in range(300)])
+    job, output = spec(source, tmp_path / "out", checkpoint, rows_per_part=100), tmp_path / "out"
+    manifest = run_job(job)
+    parts = {path: path.read_bytes() for path in sorted((output / "data").iterdir())}
+    victim = list(parts)[1]
+    victim.write_bytes(bytes(len(parts[victim])))
+    (output / "_spanfill" / "manifest.json").unlink()
+    again = run_job(job)
+    assert again["parts"] == manifest["parts"]
+    assert {path: path.read_bytes() for path in sorted((output / "data").iterdir())} == parts
+    assert (output / "_spanfill" / "damaged" / f"data-{victim.name}").exists()
+
+
+def test_an_output_inside_the_input_folder_is_refused(write_rows: WriteRows, tmp_path: Path, checkpoint: Path) -> None:
+    write_rows("in/a.parquet", prefix=["a"])
+    with pytest.raises(OutputError, match="lies in the input folder"):
+        run_job(spec(tmp_path / "in", tmp_path / "in" / "out", checkpoint))
