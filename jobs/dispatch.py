@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
-from serving.errors import EngineDeadError, EngineGoneError
+from serving.errors import EngineDeadError, EngineError, EngineGoneError
 from serving.pace import Pace
 from serving.protocol import MicroBatch, MicroBatchResult, Request, Result, Sampling
 
@@ -28,6 +28,9 @@ LOST = (EngineDeadError, RayActorError)
 
 FREE_CALLS = 2
 """Losses that a micro-batch survives without suspicion."""
+
+MOST_LOSSES = 24
+"""Calls that may be lost one after the other with none answered in between: beyond, it is the engine and not a row."""
 
 WAIT_SECONDS = (0.5, 1.0, 2.0, 4.0)
 """Before a lost call is sent again: long enough that Serve has noticed that the replica is gone."""
@@ -50,6 +53,7 @@ class Dispatcher:
         self._slots = asyncio.Semaphore(window)
         self._isolation = asyncio.Lock()
         self._pace = Pace()
+        self._losses = 0
         self._max_attempts = max_attempts
         self._closed = False
 
@@ -60,7 +64,7 @@ class Dispatcher:
     async def send(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
         """Answer every request; a row that is lost ``max_attempts`` times alone is an error in the engine's words.
 
-        After ``close`` fewer answers come, or none.
+        After ``close`` fewer answers come, or none. Raises ``EngineError`` when every call is lost.
         """
         attempt = 1
         async with self._slots:
@@ -94,12 +98,19 @@ class Dispatcher:
                 answer = await self._call(replace(batch, patience=self._pace.patience))
             except NOT_REACHED:
                 await _wait(1)
-            except LOST:
+            except LOST as error:
+                self._losses += 1
+                if self._losses > MOST_LOSSES:
+                    raise EngineError(
+                        f"{self._losses} calls were lost one after the other, none was answered: {_words(error)}",
+                        remedy="The replicas' logs are in Ray's session folder, under logs/serve.",
+                    ) from error
                 raise
             except (RayTaskError, RayServeException) as error:
                 return [Answer(_failed(request, error), attempts=attempt) for request in batch.requests]
             else:
                 self._pace.record(time.monotonic() - started)
+                self._losses = 0
                 return [Answer(result, answer.replica, attempt) for result in answer.results]
         return []
 
@@ -111,5 +122,11 @@ async def _wait(attempt: int) -> None:
 def _failed(request: Request, error: Exception) -> Result:
     cause = getattr(error, "cause", None) or error
     code = cause.code if isinstance(cause, EngineDeadError) else "engine_dead" if isinstance(error, LOST) else None
-    words = str(getattr(cause, "message", cause)).strip().splitlines() or [type(error).__name__]
-    return Result(request.key, error_code=code or "replica_failed", error_message=words[0 if code else -1])
+    return Result(request.key, error_code=code or "replica_failed", error_message=_words(error))
+
+
+def _words(error: Exception) -> str:
+    """What a lost engine said first, or the last line of a failure of another kind, which is its cause."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(getattr(cause, "message", cause)).strip().splitlines() or [type(error).__name__]
+    return lines[0 if isinstance(error, LOST) else -1]

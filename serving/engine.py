@@ -58,6 +58,8 @@ SPEED_ARGUMENTS = frozenset(
 CPU_DEFAULTS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 2 << 30, "max_num_seqs": 64}
 """Without compilation an engine starts in a third of the time; without a size vLLM would take most of the memory."""
 
+CPU_BATCHED_TOKENS = 4_096
+
 
 PLAIN_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -274,8 +276,11 @@ def _core_binding(cores: tuple[int, ...], ranks: int) -> str:
 
 
 def _engine_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
+    # vLLM 0.32's CPU build dies when the prompt of a seeded, sampled request is prefilled in chunks: its model runner
+    # then takes a token back from a torch.Generator, which on a CPU has no offset.
+    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, config.max_model_len)}
     return {
-        **(CPU_DEFAULTS if on_cpu else {}),
+        **(CPU_DEFAULTS | whole if on_cpu else {}),
         "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else None,
         "enable_prefix_caching": True,
         "enable_log_requests": False,

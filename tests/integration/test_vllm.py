@@ -88,6 +88,15 @@ def test_equal_seeds_give_equal_samples(engine: VllmEngine, wait: Await) -> None
     assert first == again != other
 
 
+def test_many_long_seeded_prompts_at_once_do_not_kill_the_engine(engine: VllmEngine, wait: Await) -> None:
+    """More prompt tokens than one step takes: prefilled in chunks they would, see ``serving.engine``."""
+    prompts = [list(range(1_000 + i, 1_900 + i)) for i in range(16)]
+    results = ask(engine, wait, *(Request(i, p, (i,)) for i, p in enumerate(prompts)), temperature=0.8)
+    alone = [ask(engine, wait, Request(i, prompts[i], (i,)), temperature=0.8)[0] for i in (0, 7)]
+    assert all(result.error_code is None for result in results)
+    assert [r.completions[0].token_ids for r in alone] == [results[i].completions[0].token_ids for i in (0, 7)]
+
+
 def test_logprobs_come_with_completion_and_prompt(engine: VllmEngine, wait: Await) -> None:
     (result,) = ask(engine, wait, Request(0, PROMPT[:50]), logprobs=True, prompt_logprobs=True, max_tokens=4)
     assert result.completions[0].logprobs is not None

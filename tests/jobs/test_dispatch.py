@@ -6,7 +6,7 @@ from ray.exceptions import RayTaskError
 
 from jobs import dispatch
 from jobs.dispatch import FREE_CALLS, Answer, Dispatcher
-from serving.errors import EngineDeadError, EngineGoneError, EngineHungError
+from serving.errors import EngineDeadError, EngineError, EngineGoneError, EngineHungError
 from serving.pace import Gate
 from serving.protocol import Completion, MicroBatch, MicroBatchResult, Request, Result, Sampling
 
@@ -106,6 +106,18 @@ def test_an_engine_that_was_dead_before_is_no_evidence_against_the_rows() -> Non
 
     answers = asyncio.run(Dispatcher(call, window=1, max_attempts=1).send(requests(1), SAMPLING))
     assert (answers[0].result.error_code, answers[0].attempts) == (None, 1)
+
+
+def test_an_engine_that_dies_of_everything_ends_the_job_instead_of_condemning_every_row() -> None:
+    async def call(batch: MicroBatch) -> MicroBatchResult:
+        raise EngineDeadError("no such instruction")
+
+    async def main() -> None:
+        sent = Dispatcher(call, window=2, max_attempts=3)
+        await asyncio.gather(*(sent.send(requests(8, first), SAMPLING) for first in range(0, 80, 8)))
+
+    with pytest.raises(EngineError, match="none was answered: no such instruction"):
+        asyncio.run(main())
 
 
 def test_the_window_bounds_what_is_in_flight() -> None:
