@@ -295,7 +295,9 @@ class Trainer:
         self.done, self.seconds = 0, 0.0
         self.curve: list[tuple[int, int, float, float]] = []
         self.pending: list[tuple[float, float]] = []
-        self.earlier = json.loads((start / "training.json").read_text())["stages"] if start else []
+        told = json.loads((start / "training.json").read_text()) if start else {"stages": []}
+        # The first model's file told of its only stage alone.
+        self.earlier = told.get("stages", [told])
         if state:
             self.resume(state)
         # Ids that only a rare cut makes are no targets; as input they stand for the rarest id.
@@ -332,6 +334,8 @@ class Trainer:
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 saved = time.monotonic()
                 self.save()
+        if self.pending and self.done == self.steps:
+            self.note()
         self.save()
         if stops:
             sys.exit(128 + stops[0])
