@@ -126,6 +126,11 @@ class Crew:
             self._deaths = 0
         return report
 
+    def close(self) -> None:
+        """End the feeders: one that outlived its job would go on writing."""
+        for seat in self._seats:
+            ray.kill(seat.feeder)
+
     def stop(self, drain_seconds: float) -> None:
         """Let every feeder finish what is in flight, for ``drain_seconds`` at most, and journal it."""
         for reference in [seat.feeder.stop.remote(drain_seconds) for seat in self._seats]:

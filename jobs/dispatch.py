@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from serving.errors import EngineDeadError, EngineError, EngineGoneError
@@ -20,8 +20,11 @@ from serving.protocol import MicroBatch, MicroBatchResult, Request, Result, Samp
 
 Call = Callable[[MicroBatch], Awaitable[MicroBatchResult]]
 
-NOT_REACHED = (EngineGoneError, DeploymentUnavailableError)
-"""What a call raises that no engine ever saw: it is sent again for as long as the driver has hope for the replicas."""
+NOT_REACHED = (EngineGoneError, DeploymentUnavailableError, ObjectLostError)
+"""What a call raises that no engine ever saw, or whose answer was lost on its way with the node that held it.
+
+It is sent again for as long as the driver has hope for the replicas.
+"""
 
 LOST = (EngineDeadError, RayActorError)
 """What a call raises when its replica was lost while it was there."""
@@ -62,7 +65,10 @@ class Dispatcher:
         self._closed = True
 
     async def send(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
-        """Answer every request; a row that is lost ``max_attempts`` times alone is an error in the engine's words.
+        """Answer every request; a row that is lost again and again is an error in the engine's words.
+
+        It is asked for ``max_attempts`` times, and more often only where it must be parted from its neighbours: it was
+        alone in its engine at the last.
 
         After ``close`` fewer answers come, or none. Raises ``EngineError`` when every call is lost.
         """
@@ -78,7 +84,7 @@ class Dispatcher:
             return await self._isolate(list(requests), sampling, attempt)
 
     async def _isolate(self, requests: list[Request], sampling: Sampling, attempt: int) -> list[Answer]:
-        tries = 1 if len(requests) > 1 else self._max_attempts
+        tries = 1 if len(requests) > 1 else max(1, self._max_attempts - attempt + 1)
         for _ in range(tries):
             try:
                 return await self._reach(MicroBatch(tuple(requests), sampling, alone=True), attempt)

@@ -98,8 +98,8 @@ def refuse_nested_output(job: Job) -> None:
         )
 
 
-def feeder_config(job: Job) -> FeederConfig:
-    """What the job's feeders are told."""
+def feeder_config(job: Job, *, beginning: str = "", lease: int = 0) -> FeederConfig:
+    """What the job's feeders are told; ``beginning`` is the ledger's, ``lease`` the number of the lease."""
     spec = job.spec
     kept = [n for n in job.inputs.schema.names if spec.keep_columns is None or n in spec.keep_columns]
     roles = [spec.column(role) for role in ROLES]
@@ -110,6 +110,8 @@ def feeder_config(job: Job) -> FeederConfig:
         input=job.inputs.root,
         output=job.output,
         fingerprint=job.fingerprint,
+        beginning=beginning,
+        lease=lease,
         format=job.format_name,
         tokenizer=spec.model,
         max_model_len=job.engine.max_model_len,

@@ -1,13 +1,14 @@
 """A unit's journal: immutable segments of finished rows, each named by the sha256 of its content.
 
-Nothing is appended and nothing is locked, so the same journal works on a disk and on an object store, and a writer that
-was thought dead can do no harm: of two answers to one row, the one in the segment of the smaller name counts.
+Nothing is appended and nothing is locked, so the same journal works on a disk and on an object store. A writer that was
+thought dead can do no harm: segments of a job that was since begun anew are ignored, an answer counts before an error,
+and of two answers to one row the one in the segment of the smaller name.
 """
 
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pyarrow as pa
 from jobs.store import Location, delete, delete_folder, list_files, publish_bytes, read_bytes
 
 INPUT_KEY = b"spanfill.input"
+JOB_KEY = b"spanfill.job"
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -57,18 +59,22 @@ class Replay:
 
 
 class Journal:
-    """The segments of one unit in ``folder``; damaged ones are moved to ``quarantine``."""
+    """The segments of one unit in ``folder``; damaged ones are moved to ``quarantine``.
 
-    def __init__(self, folder: Location, quarantine: Location) -> None:
+    ``job`` tells this beginning of the job from an earlier one in the same output folder, whose segments do not count.
+    """
+
+    def __init__(self, folder: Location, quarantine: Location, *, job: str = "") -> None:
         self._folder = folder
         self._quarantine = quarantine
+        self._job = job
 
     def publish(self, samples: Sequence[Sample], digest: str) -> None:
         """Publish one segment of rows that were made from an input of this ``digest``; raises ``StorageError``."""
         if not samples:
             return
         columns = {name: [getattr(sample, name) for sample in samples] for name in SCHEMA.names}
-        schema = SCHEMA.with_metadata({INPUT_KEY: digest.encode()})
+        schema = SCHEMA.with_metadata({INPUT_KEY: digest.encode(), JOB_KEY: self._job.encode()})
         sink = io.BytesIO()
         batch = pa.record_batch(columns, schema=schema)
         with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
@@ -81,31 +87,48 @@ class Journal:
         samples: dict[tuple[int, int], Sample] = {}
         digests: set[str] = set()
         damaged: list[str] = []
-        for info in list_files(self._folder):
-            if not info.base_name.endswith(".arrow"):
-                continue
-            data = read_bytes(self._folder.join(info.base_name))
-            if hashlib.sha256(data).hexdigest() != info.base_name.removesuffix(".arrow"):
-                publish_bytes(self._quarantine.join(info.base_name), data)
-                delete(self._folder.join(info.base_name))
-                damaged.append(info.base_name)
-                continue
-            table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
-            digests.add(table.schema.metadata[INPUT_KEY].decode())
-            for row in table.to_pylist():
-                samples.setdefault((row["row"], row["sample"]), Sample(**row))
+        for name, data in self._segments():
+            if not _is_whole(name, data):
+                publish_bytes(self._quarantine.join(name), data)
+                delete(self._folder.join(name))
+                damaged.append(name)
+            elif (table := self._table(data)) is not None:
+                digests.add(table.schema.metadata[INPUT_KEY].decode())
+                for row in table.to_pylist():
+                    key, sample = (row["row"], row["sample"]), Sample(**row)
+                    if key not in samples or (samples[key].error_code and not sample.error_code):
+                        samples[key] = sample
         return Replay(list(samples.values()), digests, damaged)
 
     def peek(self) -> tuple[int, dict[str, int]]:
         """How many rows the segments hold, and their errors by code; nothing is set aside."""
         rows: dict[int, str | None] = {}
-        for info in list_files(self._folder):
-            data = read_bytes(self._folder.join(info.base_name))
-            if hashlib.sha256(data).hexdigest() == info.base_name.removesuffix(".arrow"):
-                table = pa.ipc.open_file(pa.BufferReader(data)).read_all().select(["row", "error_code"])
-                rows |= dict(zip(*(column.to_pylist() for column in table.columns), strict=True))
+        for name, data in self._segments():
+            table = self._table(data) if _is_whole(name, data) else None
+            if table is not None:
+                for row, code in zip(table["row"].to_pylist(), table["error_code"].to_pylist(), strict=True):
+                    rows[row] = rows.get(row, code) and code
         return len(rows), dict(Counter(code for code in rows.values() if code is not None))
+
+    def digests(self) -> set[str]:
+        """The digests of the inputs that the segments were made from; nothing is set aside."""
+        tables = (self._table(data) for name, data in self._segments() if _is_whole(name, data))
+        return {table.schema.metadata[INPUT_KEY].decode() for table in tables if table is not None}
+
+    def _segments(self) -> Iterator[tuple[str, bytes]]:
+        for info in list_files(self._folder):
+            if info.base_name.endswith(".arrow"):
+                yield info.base_name, read_bytes(self._folder.join(info.base_name))
+
+    def _table(self, data: bytes) -> pa.Table | None:
+        """A whole segment's rows, or None if it belongs to an earlier beginning of the job."""
+        table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+        return table if table.schema.metadata.get(JOB_KEY) == self._job.encode() else None
 
     def drop(self) -> None:
         """Forget the segments once the unit's part is out."""
         delete_folder(self._folder)
+
+
+def _is_whole(name: str, data: bytes) -> bool:
+    return hashlib.sha256(data).hexdigest() == name.removesuffix(".arrow")

@@ -93,10 +93,11 @@ class Lease:
         self._thread.start()
 
     @classmethod
-    def take(cls, output: Location, *, say: Callable[[str], None]) -> "Lease":
+    def take(cls, output: Location, *, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> "Lease":
         """Take the lease of ``output``, waiting for up to ``SILENT_SECONDS`` to see whether its holder is alive.
 
-        Raises ``JobHeldError`` naming the holder when it is, ``StorageError`` when nothing can be written there.
+        ``check`` is called meanwhile and may raise to give up. Raises ``JobHeldError`` naming the holder when it is
+        alive, ``StorageError`` when nothing can be written there.
         """
         me, now = os.getpid(), time.time()
         holder = Holder(platform.node(), machine(), me, birth(me) or 0, uuid.uuid4().hex, now, now)
@@ -105,7 +106,7 @@ class Lease:
             number, before = found
             if not before.is_gone:
                 say(f"{output} is held by {_words(before)}; waiting to see whether it is alive")
-                _wait_until_silent(output, number, before)
+                _wait_until_silent(output, number, before, check)
             if not before.released:
                 say(f"taking over from {_words(before)}, which is gone")
         number = found[0] + 1 if found else 1
@@ -116,6 +117,11 @@ class Lease:
             _held_here.discard(holder.token)
             raise
         return cls(output, number, holder)
+
+    @property
+    def number(self) -> int:
+        """Which of the folder's leases this is; a later one has a higher number."""
+        return self._number
 
     def tell(self, **told: Any) -> None:
         """What the next renewal is to say of the job."""
@@ -156,11 +162,7 @@ class Lease:
                 continue  # Whatever else is written there says so.
 
     def _write(self, *, released: bool = False) -> None:
-        if max(_numbers(self._output), default=0) > self._number:
-            raise LeaseLostError(
-                f"{self._output} was taken over by {_words(read_holder(self._output))} while this runner was silent.",
-                remedy="Leave it to that one, or end it first and run again to resume.",
-            )
+        check_lease(self._output, self._number)
         with self._lock:
             self._holder = replace(self._holder, beat=time.time(), beats=self._holder.beats + 1, released=released)
             data = _dump(self._holder)
@@ -178,6 +180,15 @@ def _create(output: Location, number: int, holder: Holder) -> None:
     for old in numbers:
         if old < number:
             delete(_file(output, old))
+
+
+def check_lease(output: Location, number: int) -> None:
+    """Raise ``LeaseLostError`` when a later lease than ``number`` was taken."""
+    if max(_numbers(output), default=0) > number:
+        raise LeaseLostError(
+            f"{output} was taken over by {_words(read_holder(output))} while this runner was silent.",
+            remedy="Leave it to that one, or end it first and run again to resume.",
+        )
 
 
 def _file(output: Location, number: int) -> Location:
@@ -204,10 +215,11 @@ def _dump(holder: Holder) -> bytes:
     return json.dumps(asdict(holder), indent=1).encode()
 
 
-def _wait_until_silent(output: Location, number: int, before: Holder) -> None:
+def _wait_until_silent(output: Location, number: int, before: Holder, check: Callable[[], None]) -> None:
     patience = time.monotonic() + SILENT_SECONDS
     while time.monotonic() < patience:
         time.sleep(0.5)
+        check()
         found = _latest(output)
         if found is None or found[1].is_gone:
             return

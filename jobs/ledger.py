@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,30 +12,46 @@ from jobs.journal import Journal
 from jobs.plan import InputFile, Unit, dump_plan, load_plan
 from jobs.store import Location, delete, delete_folder, exists, list_files, publish_bytes, read_bytes
 from jobs.tally import Tally
-from serving.errors import OutputError, StorageError, VersionError
+from serving.errors import DamagedStateError, OutputError, StorageError, VersionError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STATE = "_spanfill"
+JOB_KEYS = {"fingerprint", "beginning", "identity", "spec", "versions"}
+MANIFEST_KEYS = {"rows", "errors", "error_codes", "rows_per_second", "parts", "bytes"}
 READERS = 32
 """Threads that read small files side by side: an object store takes tens of milliseconds for each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a finished unit was: its sums, its files' sha256 and sizes, and the digest of the input it was made from."""
+    """What a finished unit was: its sums, its files' sha256 and sizes, and the digest of the input it was made from.
+
+    ``job`` tells this beginning of the job from an earlier one in the same folder.
+    """
 
     tally: Tally
     sha256: dict[str, str]
     bytes: dict[str, int]
     input: str
+    job: str = ""
 
 
 class Ledger:
-    """The files of one output folder."""
+    """The files of one output folder.
 
-    def __init__(self, output: Location, fingerprint: str) -> None:
+    ``beginning`` is a token that ``job.json`` gets when a job begins in the folder: what a runner of an earlier
+    beginning, displaced by ``--overwrite``, still writes does not count. ``open`` sets it.
+    """
+
+    def __init__(self, output: Location, fingerprint: str, *, beginning: str = "") -> None:
         self.output = output
         self.fingerprint = fingerprint
+        self.beginning = beginning
+
+    @classmethod
+    def of(cls, output: Location, job: dict[str, Any]) -> "Ledger":
+        """The ledger of a begun job, from what its ``job.json`` says."""
+        return cls(output, job["fingerprint"], beginning=job["beginning"])
 
     def part(self, unit: int) -> Location:
         """The unit's part file; if it is there, the unit is done."""
@@ -55,7 +71,7 @@ class Ledger:
 
     def journal(self, unit: int) -> Journal:
         """The unit's finished rows before its part is out."""
-        return Journal(self._state("journal").join(f"{unit:05d}"), self._state("damaged"))
+        return Journal(self._state("journal").join(f"{unit:05d}"), self._state("damaged"), job=self.beginning)
 
     def _name(self, unit: int) -> str:
         return f"part-{unit:05d}-{self.fingerprint}.parquet"
@@ -94,11 +110,18 @@ class Ledger:
         """
         if self.refuse_others(identity, resume=resume, overwrite=overwrite):
             self._remove_temporaries()
-            return read_job(self.output)
+            job = read_job(self.output)
+            self.beginning = job["beginning"]
+            if job["spec"].get("input") != spec.get("input"):  # The same files, found elsewhere now.
+                moved = job | {"spec": job["spec"] | {"input": spec.get("input")}}
+                publish_bytes(self._state("job.json"), json.dumps(moved, indent=1).encode())
+            return job
         if overwrite and exists(self._state("job.json")):
             self._clear()
+        self.beginning = uuid.uuid4().hex
         new = {
             "format_version": FORMAT_VERSION,
+            "beginning": self.beginning,
             "fingerprint": self.fingerprint,
             "identity": identity,
             "spec": spec,
@@ -162,7 +185,7 @@ class Ledger:
         """The stored plan; raises ``OutputError`` when it is damaged or missing."""
         try:
             return load_plan(read_bytes(self._state("plan.arrow")))
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ValueError, KeyError) as error:
             raise self._damaged("plan.arrow", error) from None
 
     def inputs(self) -> list[InputFile]:
@@ -172,8 +195,8 @@ class Ledger:
         except (FileNotFoundError, ValueError, TypeError) as error:
             raise self._damaged("inputs.json", error) from None
 
-    def _damaged(self, name: str, error: Exception) -> OutputError:
-        return OutputError(
+    def _damaged(self, name: str, error: Exception) -> DamagedStateError:
+        return DamagedStateError(
             f"{self._state(name)} is damaged or missing: {error}.", remedy="Start anew with --overwrite."
         )
 
@@ -194,10 +217,11 @@ class Ledger:
         publish_bytes(self.report(unit), json.dumps(asdict(report)).encode())
 
     def read_report(self, unit: int) -> Report | None:
-        """A finished unit's report, or None when it is missing or damaged."""
+        """A finished unit's report, or None when it is missing, damaged or of an earlier beginning of the job."""
         try:
             values = json.loads(read_bytes(self.report(unit)))
-            return Report(**{**values, "tally": Tally(**values["tally"])})
+            report = Report(**{**values, "tally": Tally(**values["tally"])})
+            return report if report.job == self.beginning else None
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
@@ -221,6 +245,18 @@ class Ledger:
                 publish_bytes(self._state("damaged").join(f"{folder}-{location.name}"), read_bytes(location))
                 delete(location)
 
+    def set_strays_aside(self, parts: Collection[str]) -> list[str]:
+        """Move files of ``data/`` and ``errors/`` that are not among ``parts`` out of readers' way; their names."""
+        there = [
+            f"{folder}/{i.base_name}" for folder in ("data", "errors") for i in list_files(self.output.join(folder))
+        ]
+        strays = [name for name in there if name not in parts]
+        for name in strays:
+            location = self.output.join(*name.split("/"))
+            publish_bytes(self._state("damaged").join(name.replace("/", "-")), read_bytes(location))
+            delete(location)
+        return strays
+
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Say that all is done; nothing is left in the journal then."""
         delete_folder(self._state("journal"))
@@ -241,14 +277,18 @@ def read_job(output: Location) -> dict[str, Any]:
             f"{output} is no job's folder: it has no {STATE}/job.json.", remedy="Check the path."
         ) from None
     except ValueError as error:
-        raise OutputError(
+        raise DamagedStateError(
             f"{output}/{STATE}/job.json is damaged: {error}.", remedy="Start anew with --overwrite."
         ) from None
+    if not isinstance(job, dict) or not isinstance(job.get("format_version"), int):
+        raise DamagedStateError(f"{output}/{STATE}/job.json is damaged.", remedy="Start anew with --overwrite.")
     if job["format_version"] != FORMAT_VERSION:
         raise VersionError(
             f"{output} was written in format {job['format_version']}; this spanfill reads {FORMAT_VERSION}.",
             remedy="Use the spanfill that wrote it, or start anew with --overwrite.",
         )
+    if not job.keys() >= JOB_KEYS:
+        raise DamagedStateError(f"{output}/{STATE}/job.json is damaged.", remedy="Start anew with --overwrite.")
     return job
 
 
@@ -259,9 +299,13 @@ def read_manifest(output: Location) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise OutputError(
+        raise DamagedStateError(
             f"{output}/{STATE}/manifest.json is damaged: {error}.", remedy="Remove it and run again to write it anew."
         ) from None
+    if not isinstance(manifest, dict) or not manifest.keys() >= MANIFEST_KEYS:
+        raise DamagedStateError(
+            f"{output}/{STATE}/manifest.json is damaged.", remedy="Remove it and run again to write it anew."
+        )
     return manifest
 
 

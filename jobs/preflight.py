@@ -12,8 +12,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.store import Location, delete, exists, publish_bytes
 from serving.config import EngineConfig
 from serving.engine import installed_version
-from serving.errors import OutputError, StorageError, UsageError, VersionError
+from serving.errors import OutputError, ResourceError, StorageError, UsageError, VersionError
 
+ANSWER_SECONDS = 120
 PACKAGES = ("spanfill", "vllm", "torch", "ray", "pyarrow", "tiktoken")
 
 
@@ -46,8 +47,12 @@ def check_cluster(engine: EngineConfig, inputs: Sequence[Location], output: Loca
             .remote(model, inputs, probe)
             for node in nodes
         ]
-        for node, answer in zip(nodes, ray.get(answers, timeout=120), strict=True):
+        for node, answer in zip(nodes, ray.get(answers, timeout=ANSWER_SECONDS), strict=True):
             judge(node["NodeManagerHostname"], answer, engine)
+    except ray.exceptions.GetTimeoutError as error:
+        raise ResourceError(
+            f"a node of {len(nodes)} does not answer within {ANSWER_SECONDS} s.", remedy="See `ray status`."
+        ) from error
     finally:
         delete(probe)
 

@@ -3,7 +3,7 @@
 import hashlib
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from jobs.digest import InputDigest
@@ -26,6 +26,7 @@ class Recheck:
         self._ledger = ledger
         self._damaged: queue.SimpleQueue[Unit] = queue.SimpleQueue()
         self._failure: SpanfillError | None = None
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(units,), name="spanfill-recheck", daemon=True)
         self._thread.start()
 
@@ -38,42 +39,52 @@ class Recheck:
             raise self._failure
         return found
 
-    def wait(self) -> list[Unit]:
-        """``damaged`` once every unit was looked at."""
-        self._thread.join()
+    def wait(self, check: Callable[[], None]) -> list[Unit]:
+        """``damaged`` once every unit was looked at; ``check`` is called meanwhile and may raise."""
+        while self._thread.is_alive():
+            self._thread.join(0.2)
+            check()
         return self.damaged()
+
+    def stop(self) -> None:
+        """Look no further; what is not read yet would keep the process from ending."""
+        self._stopped.set()
+        self._thread.join()
 
     def _run(self, units: Sequence[Unit]) -> None:
         try:
             with ThreadPoolExecutor(WORKERS) as pool:
                 for unit, whole in zip(units, pool.map(self._is_whole, units), strict=True):
-                    if not whole:
+                    if not whole and not self._stopped.is_set():
                         self._ledger.set_aside(unit.index)
                         self._damaged.put(unit)
         except SpanfillError as error:
             self._failure = error
 
     def _is_whole(self, unit: Unit) -> bool:
+        if self._stopped.is_set():
+            return True
         report = self._ledger.read_report(unit.index)
         if report is None:
             return False
         return all(sha256(self._ledger.output.join(*name.split("/"))) == told for name, told in report.sha256.items())
 
 
-def check_inputs(ledger: Ledger, units: Sequence[Unit], job: Job) -> None:
+def check_inputs(ledger: Ledger, units: Sequence[Unit], job: Job, check: Callable[[], None]) -> None:
     """Compare what a begun job has generated with the rows of those input files that were written to since.
 
-    A new time alone is noted and goes. Raises ``InputChangedError`` naming the first rows that differ.
+    A new time alone is noted and goes. ``check`` is called meanwhile and may raise. Raises ``InputChangedError`` naming
+    the first rows that differ.
     """
     then = {file.name: file.modified for file in ledger.inputs()}
     files = job.inputs.files
-    touched = [unit for unit in units if files and files[unit.file].modified != then[files[unit.file].name]]
+    touched = [unit for unit in units if files and files[unit.file].modified != then.get(files[unit.file].name)]
     if not touched:
         return
 
-    def check(unit: Unit) -> None:
+    def compare(unit: Unit) -> None:
         report = ledger.read_report(unit.index)
-        told = {report.input} if report is not None else ledger.journal(unit.index).replay().digests
+        told = {report.input} if report is not None else ledger.journal(unit.index).digests()
         file = files[unit.file]
         if told and told != {input_digest(job.inputs.root, file, unit, job.spec)}:
             raise InputChangedError(
@@ -81,8 +92,12 @@ def check_inputs(ledger: Ledger, units: Sequence[Unit], job: Job) -> None:
                 remedy="Put the file back and run again to resume, or start anew with --overwrite.",
             )
 
-    with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(check, touched))
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        for _ in pool.map(compare, touched):
+            check()
+    finally:
+        pool.shutdown(cancel_futures=True)
     ledger.store_inputs(files)
 
 

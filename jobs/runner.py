@@ -7,12 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ray.exceptions import RayTaskError
-
 from jobs.crew import Crew
 from jobs.job import Job, begun_spec, feeder_config, prepare_job, provenance, refuse_nested_output
 from jobs.lease import Lease
-from jobs.ledger import Ledger
+from jobs.ledger import Ledger, read_manifest
 from jobs.plan import Unit, plan_units
 from jobs.preflight import check_cluster, versions, writing_is_possible
 from jobs.recheck import Recheck, check_inputs
@@ -23,7 +21,7 @@ from jobs.tally import Tally
 from serving import fleet
 from serving.app import DEPLOYMENT
 from serving.config import ReplicaConfig
-from serving.errors import SpanfillError, TooManyErrorsError
+from serving.errors import DamagedStateError, TooManyErrorsError
 
 ROWS_AHEAD = 2
 """Rows in flight for each place in an engine's batch, so that a finished row's successor already waits there."""
@@ -98,7 +96,7 @@ def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
     with interruptible() as signals:
         with writing_is_possible():
             ledger.refuse_others(job.identity, resume=spec.resume, overwrite=spec.overwrite)
-            lease = Lease.take(job.output, say=watcher.say)
+            lease = Lease.take(job.output, say=watcher.say, check=signals.check)
         try:
             return _run(job, ledger, lease, signals, watcher)
         finally:
@@ -113,18 +111,32 @@ def _run(job: Job, ledger: Ledger, lease: Lease, signals: Signals, watcher: Watc
     left = deque(unit for unit in units if unit.index not in done)
     progress = Progress(job.total_rows, resumed_rows=_rows_done(ledger, earlier, left))
     if begun:
-        check_inputs(ledger, units, job)
+        check_inputs(ledger, units, job, signals.check)
         watcher.say(f"resuming: {len(earlier)} of {len(units)} parts are done")
     if left:
         ledger.withdraw_manifest()
+    lease.tell(total=progress.total, rows=progress.resumed_rows, rows_per_second=0.0, error_codes={})
     recheck = Recheck(ledger, earlier)
     run = _Run(job, ledger, lease, signals, watcher, progress, recheck)
-    while left or _redo(run, left, recheck.wait()):
-        _feed(run, left)
+    try:
+        while left or _redo(run, left, recheck.wait(run.check)):
+            _feed(run, left)
+    finally:
+        recheck.stop()
+    if not run.ran and (before := _manifest_before(job)):
+        return before
     manifest = _commit(run, units, time.monotonic() - started)
     if repeated := manifest["tally"]["repeated_ids"]:
         watcher.say(f"{repeated:,} rows repeat an id of their part; rows are told apart by file and row number")
     return manifest
+
+
+def _manifest_before(job: Job) -> dict[str, Any] | None:
+    """The manifest of an earlier run, when this one found nothing to do."""
+    try:
+        return read_manifest(job.output)
+    except DamagedStateError:
+        return None
 
 
 def _rows_done(ledger: Ledger, earlier: Sequence[Unit], left: Iterable[Unit]) -> int:
@@ -169,23 +181,31 @@ def _redo(run: _Run, left: deque[Unit], damaged: list[Unit]) -> bool:
 
 
 def _feed(run: _Run, left: deque[Unit]) -> None:
-    job, spec, watcher = run.job, run.job.spec, run.watcher
+    job, spec = run.job, run.job.spec
     with fleet.connected() as embedded:
-        crew = Crew(feeder_config(job), spec.feeders, left, job.inputs.files)
-        crew.fill()
-        check_cluster(
-            job.engine, [replace(job.inputs.root, path=file.path) for file in job.inputs.files[:1]], job.output
-        )
-        run.progress.stage = "starting the engine"
-        watcher.update(run.progress)
-        replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
-        service = fleet.join_or_start(job.engine, replicas, embedded=embedded, say=watcher.say, check=run.check)
+        told = feeder_config(job, beginning=run.ledger.beginning, lease=run.lease.number)
+        crew = Crew(told, spec.feeders, left, job.inputs.files)
         try:
-            crew.attach(DEPLOYMENT, service.name, _window(service, spec))
-            run.progress.stage = "running"
-            _watch(run, crew, left, service)
+            _serve(run, crew, left, embedded=embedded)
         finally:
-            service.release()
+            crew.close()
+
+
+def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
+    """Find engines for the feeders and let them work."""
+    job, spec, watcher = run.job, run.job.spec, run.watcher
+    crew.fill()
+    check_cluster(job.engine, [replace(job.inputs.root, path=file.path) for file in job.inputs.files[:1]], job.output)
+    run.progress.stage = "starting the engine"
+    watcher.update(run.progress)
+    replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
+    service = fleet.join_or_start(job.engine, replicas, embedded=embedded, say=watcher.say, check=run.check)
+    try:
+        crew.attach(DEPLOYMENT, service.name, _window(service, spec))
+        run.progress.stage = "running"
+        _watch(run, crew, left, service)
+    finally:
+        service.release()
 
 
 def _window(service: fleet.Fleet, spec: JobSpec) -> int:
@@ -207,7 +227,7 @@ def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> No
             service.watch(run.progress.fresh_rows, run.watcher.say)
             run.check()
             _check_errors(run.job.spec, run.progress.tally)
-    except (SpanfillError, KeyboardInterrupt, RayTaskError):
+    except BaseException:
         run.progress.stage = "stopping: what is in flight may finish"
         run.watcher.update(run.progress)
         crew.stop(DRAIN_SECONDS)
@@ -254,6 +274,8 @@ def _commit(run: _Run, units: list[Unit], seconds: float) -> dict[str, Any]:
         total.add(report.tally)
         digests |= report.sha256
         sizes |= report.bytes
+    for stray in ledger.set_strays_aside(digests):
+        run.watcher.say(f"{stray} is not this job's; it was set aside")
     manifest = {
         **provenance(job),
         "input": str(job.inputs.root),

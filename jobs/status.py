@@ -10,7 +10,7 @@ from jobs.ledger import Ledger, read_job, read_manifest
 from jobs.plan import Unit
 from jobs.store import list_files, locate
 from jobs.tally import Tally
-from serving.errors import OutputError
+from serving.errors import DamagedStateError
 
 State = Literal["running", "interrupted", "finished", "damaged"]
 
@@ -44,12 +44,14 @@ def read_status(folder: str) -> Status:
     Raises ``OutputError`` when it holds no job, ``VersionError`` when another format's.
     """
     output = locate(folder)
-    ledger = Ledger(output, read_job(output)["fingerprint"])
     holder = read_holder(output)
     try:
+        ledger = Ledger.of(output, read_job(output))
         units = ledger.planned() if ledger.has_plan or ledger.done() else []
         manifest = read_manifest(output)
-    except OutputError as error:
+        if ledger.has_plan:
+            ledger.inputs()
+    except DamagedStateError as error:
         return Status("damaged" if not _is_alive(holder) else "running", problems=(error.message,), **_who(holder))
     if manifest is not None:
         return _finished(ledger, manifest, units, holder)
@@ -65,6 +67,7 @@ def _finished(ledger: Ledger, manifest: dict[str, Any], units: Sequence[Unit], h
         for name, size in manifest["bytes"].items()
         if sizes.get(name) != size
     ]
+    problems += _without_report(ledger, {unit.index for unit in units})
     rows = sum(unit.rows for unit in units if unit.retries < 0)
     return Status(
         "damaged" if problems else "finished",
@@ -85,9 +88,7 @@ def _unfinished(ledger: Ledger, units: Sequence[Unit], holder: Holder | None) ->
     done = ledger.done()
     alive = _is_alive(holder)
     told = holder.told if holder else {}
-    names = (info.base_name.removesuffix(".json") for info in _files(ledger, "_spanfill/reports"))
-    reports = {int(name) for name in names if name.isdigit()}
-    problems = [f"part {index} has no report" for index in sorted(done - reports)]
+    problems = _without_report(ledger, done)
     rows, codes = told.get("rows", 0), told.get("error_codes", {})
     if not alive:
         tally = _done(ledger, units, done)
@@ -107,6 +108,11 @@ def _unfinished(ledger: Ledger, units: Sequence[Unit], holder: Holder | None) ->
         problems=tuple(problems),
         **_who(holder),
     )
+
+
+def _without_report(ledger: Ledger, done: set[int]) -> list[str]:
+    names = (info.base_name.removesuffix(".json") for info in _files(ledger, "_spanfill/reports"))
+    return [f"part {index} has no report" for index in sorted(done - {int(name) for name in names if name.isdigit()})]
 
 
 def _done(ledger: Ledger, units: Sequence[Unit], done: set[int]) -> Tally:

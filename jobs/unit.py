@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from jobs.digest import InputDigest
 from jobs.journal import Sample
+from jobs.lease import check_lease
 from jobs.ledger import Ledger, Report
 from jobs.order import cut, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
@@ -34,6 +35,8 @@ class FeederConfig:
     input: Location
     output: Location
     fingerprint: str
+    beginning: str
+    lease: int
     format: str
     tokenizer: str
     max_model_len: int
@@ -54,7 +57,7 @@ class UnitWork:
         self._spec = config.spec
         self._format = fmt
         self._file = file
-        self._ledger = Ledger(config.output, config.fingerprint)
+        self._ledger = Ledger(config.output, config.fingerprint, beginning=config.beginning)
         self._journal = self._ledger.journal(unit.index)
         self._facts: list[PromptFacts | None] = []
         self._prompts: list[array.array[int] | None] = []
@@ -192,7 +195,8 @@ class UnitWork:
             self.examples.append({"row": str(samples[0].row), "infill": infill.text, "reason": infill.finish_reason})
 
     def publish_journal(self) -> None:
-        """Publish the rows that were answered since the last time; raises ``StorageError``."""
+        """Publish the rows that were answered since the last time; raises ``StorageError``, ``LeaseLostError``."""
+        check_lease(self._config.output, self._config.lease)
         rows = [row for row in list(self._samples) if row not in self._journaled]
         self._journal.publish([sample for row in rows for sample in self._samples[row]], self._digest)
         self._journaled.update(rows)
@@ -203,6 +207,7 @@ class UnitWork:
         The rows are read a second time; raises ``InputChangedError`` if they are others now, ``StorageError`` if
         something cannot be written.
         """
+        check_lease(self._config.output, self._config.lease)
         theirs = self._ledger.read_report(self.unit.index) if exists(self._ledger.part(self.unit.index)) else None
         if theirs is not None:
             return theirs.tally  # A runner that was thought dead has finished this unit: its part never changes.
@@ -221,7 +226,9 @@ class UnitWork:
             tally.rows = tally.prepared = len(self._samples)
             digests = {name: digest for name, (digest, _) in files.items()}
             sizes = {name: size for name, (_, size) in files.items()}
-            self._ledger.write_report(self.unit.index, Report(tally, digests, sizes, self._digest))
+            self._ledger.write_report(
+                self.unit.index, Report(tally, digests, sizes, self._digest, self._config.beginning)
+            )
         self._journal.drop()
         return tally
 

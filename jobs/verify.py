@@ -35,7 +35,7 @@ def verify(folder: str) -> Verdict:
     """
     output = locate(folder)
     job = read_job(output)
-    ledger, manifest = Ledger(output, job["fingerprint"]), read_manifest(output)
+    ledger, manifest = Ledger.of(output, job), read_manifest(output)
     units, done = ledger.planned(), ledger.done()
     verdict = Verdict(finished=manifest is not None)
     try:
@@ -140,7 +140,7 @@ class _Check:
         return digest.hexdigest(), keys
 
     def _rows(self, unit: Unit) -> Iterator[pa.RecordBatch]:
-        if not self._then or unit.rows == 0:
+        if unit.rows == 0:
             return iter(())
         if unit.file >= len(self._then):
             raise InputError(f"the plan names input file {unit.file}, of {len(self._then)}.")

@@ -67,6 +67,12 @@ class JobHeldError(OutputError):
     code = "job_held"
 
 
+class DamagedStateError(OutputError):
+    """A file of a job's own state is damaged or missing; names it."""
+
+    code = "damaged_state"
+
+
 class ModelError(UsageError):
     """The model is unknown, has no files, or does not fit where it should run."""
 

@@ -14,7 +14,7 @@ from jobs.verify import verify
 from tests.runs import journaled, rows, running
 
 pytestmark = pytest.mark.engine
-COUNT = 400
+COUNT = 240
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(request: pytest.FixtureRequest, source: Path) -> list[object]:
     """In float32, so that the sums of a row do not depend on its neighbours in the batch."""
     chosen: list[object] = ["--input", source, "--dtype", "float32", "--max-tokens", 24, "--batch-rows", 16]
-    return [*chosen, "--temperature", request.param, "--rows-per-part", 200, "--engine-arg", "max_num_seqs=16"]
+    return [*chosen, "--temperature", request.param, "--rows-per-part", 120, "--engine-arg", "max_num_seqs=16"]
 
 
 @pytest.fixture(scope="module")

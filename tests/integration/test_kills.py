@@ -139,3 +139,20 @@ def test_replicas_feeders_and_micro_batches_leave_no_trace_in_the_output(
     run_job(JobSpec.parse(values | {"replicas": replicas, "feeders": feeders, "batch_rows": batch_rows}))
     assert contents(tmp_path / "out") == undisturbed
     assert [row["id"] for row in rows(tmp_path / "out")] == list(range(COUNT))
+
+
+def test_a_runner_that_was_stopped_and_overwritten_leaves_nothing_in_the_new_job(source: Path, tmp_path: Path) -> None:
+    """Its driver sleeps (SIGSTOP) while another job begins anew in its folder; then it wakes."""
+    output, log = tmp_path / "out", tmp_path / "log"
+    options: list[object] = ["--input", source, "--output", output, "--engine", "simulated", "--rows-per-part", 1_500]
+    slow, quick = ["--engine-arg", "max_num_seqs=8"], ["--engine-arg", "time_scale=5"]
+    with running(log, *options, *slow, "--max-tokens", 64) as first:
+        first.until(lambda: len(journaled(output)) > 3)
+        first.process.send_signal(signal.SIGSTOP)
+        with running(tmp_path / "log2", *options, *quick, "--max-tokens", 4, "--overwrite") as second:
+            assert second.manifest()["rows"] == COUNT
+        first.process.send_signal(signal.SIGCONT)
+        assert first.wait(60) == 1
+        assert "was taken over by" in first.told
+    assert max(row["completion_tokens"] for row in rows(output)) <= 4
+    assert verify(str(output)).problems == []

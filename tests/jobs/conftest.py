@@ -42,7 +42,7 @@ class JobFolder:
     @property
     def ledger(self) -> Ledger:
         output = locate(str(self.output))
-        return Ledger(output, read_job(output)["fingerprint"])
+        return Ledger.of(output, read_job(output))
 
     def state(self, *names: str) -> Path:
         return self.output.joinpath("_spanfill", *names)

@@ -64,7 +64,19 @@ def test_poison_is_isolated_and_its_neighbours_finish(poison: set[int], error: E
     failed = {a.result.key: a.result for a in answers if a.result.error_code}
     assert set(failed) == poison
     assert {(r.error_code, r.error_message) for r in failed.values()} == {(error.code, "segmentation fault")}
-    assert all(alone[key] == 3 for key in poison)
+    assert all(alone[key] == 1 for key in poison)
+
+
+def test_a_row_that_was_alone_from_the_start_is_asked_for_max_attempts_times() -> None:
+    calls = 0
+
+    async def call(batch: MicroBatch) -> MicroBatchResult:
+        nonlocal calls
+        calls += 1
+        raise EngineDeadError("segmentation fault")
+
+    (answer,) = asyncio.run(Dispatcher(call, window=1, max_attempts=5).send(requests(1), SAMPLING))
+    assert (answer.result.error_code, answer.attempts, calls) == ("engine_dead", 5, 5)
 
 
 def test_rows_beside_poison_in_one_engine_are_never_condemned() -> None:

@@ -61,7 +61,8 @@ def job_folder(folder: Path, **columns: Any) -> Path:
     """A job's folder with one part of these columns, or none."""
     (folder / "_spanfill").mkdir()
     (folder / "data").mkdir()
-    job = {"format_version": FORMAT_VERSION, "spec": {"columns": {}}}
+    job = {"format_version": FORMAT_VERSION, "spec": {"columns": {}}, "fingerprint": "f", "beginning": "b"}
+    job |= {"identity": {}, "versions": {}}
     (folder / "_spanfill" / "job.json").write_text(json.dumps(job))
     if columns:
         rows = len(columns["infill"])

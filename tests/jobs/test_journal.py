@@ -73,3 +73,12 @@ def test_dropped_segments_are_gone(tmp_path: Path) -> None:
     assert book.peek() == (1, {"engine_dead": 1})
     book.drop()
     assert book.replay().samples == []
+
+
+def test_an_answer_counts_before_an_error_whatever_their_segments_are_called(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    for row in range(20):
+        book.publish([Sample(row, 0, [], error_code="engine_dead")], "digest")
+        book.publish([Sample(row, 0, [row])], "digest")
+    assert all(sample.error_code is None for sample in book.replay().samples)
+    assert book.peek() == (20, {})

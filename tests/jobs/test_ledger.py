@@ -2,10 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.ledger import Ledger, differing, read_job
+from jobs.journal import Sample
+from jobs.ledger import Ledger, Report, differing, read_job, read_manifest
+from jobs.status import read_status
 from jobs.store import locate
 from jobs.tally import Tally
-from serving.errors import OutputError
+from serving.errors import DamagedStateError, OutputError
 
 IDENTITY = {"seed": 0, "engine": {"model": "m"}}
 
@@ -69,3 +71,36 @@ def test_tallies_add_up() -> None:
 
 def test_differences_are_named_with_their_path() -> None:
     assert differing({"a": {"b": 1}, "c": 2}, {"a": {"b": 2}, "c": 2}) == ["a.b (1, now 2)"]
+
+
+def test_what_a_displaced_runner_still_writes_does_not_count(tmp_path: Path) -> None:
+    """``--overwrite`` begins the same job anew while feeders of the first runner live on."""
+    first, second = ledger(tmp_path), ledger(tmp_path)
+    first.open(IDENTITY, {}, {}, resume=True, overwrite=False)
+    second.open(IDENTITY, {}, {}, resume=True, overwrite=True)
+    first.journal(0).publish([Sample(0, 0, [1])], "digest")
+    first.write_report(1, Report(Tally(rows=1), {}, {}, "digest", first.beginning))
+    assert second.journal(0).replay().samples == []
+    assert second.journal(0).peek() == (0, {})
+    assert second.read_report(1) is None
+    assert first.read_report(1) is not None
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", "{"])
+def test_state_of_another_shape_is_damaged_and_named(tmp_path: Path, content: str) -> None:
+    book = ledger(tmp_path)
+    book.open(IDENTITY, {}, {}, resume=True, overwrite=False)
+    for name, read in (("manifest.json", read_manifest), ("job.json", read_job)):
+        (tmp_path / "_spanfill" / name).write_text(content)
+        with pytest.raises(DamagedStateError, match=name):
+            read(book.output)
+    assert read_status(str(tmp_path)).state == "damaged"
+
+
+def test_files_that_are_no_part_of_the_job_are_set_aside(tmp_path: Path) -> None:
+    for name in ("part-00000-abc.parquet", "stray.parquet"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_text(name)
+    assert ledger(tmp_path).set_strays_aside({"data/part-00000-abc.parquet"}) == ["data/stray.parquet"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["part-00000-abc.parquet"]
+    assert (tmp_path / "_spanfill" / "damaged" / "data-stray.parquet").read_text() == "stray.parquet"

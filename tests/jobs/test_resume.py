@@ -67,7 +67,7 @@ def run(values: dict[str, Any], kill: Kill | None) -> None:
     done = ledger.done()
 
     async def feed() -> None:
-        feeder = LocalFeeder(feeder_config(job))
+        feeder = LocalFeeder(feeder_config(job, beginning=ledger.beginning, lease=lease.number))
         await feeder.attach_engine(job.engine)
         await asyncio.gather(*(feeder.run(u, job.inputs.files[u.file]) for u in units if u.index not in done))
 
