@@ -32,8 +32,8 @@ LOST = (EngineDeadError, RayActorError)
 FREE_CALLS = 2
 """Losses that a micro-batch survives without suspicion."""
 
-MOST_LOSSES = 24
-"""Calls that may be lost one after the other with none answered in between: beyond, it is the engine and not a row."""
+MOST_DEATHS = 16
+"""Engines that may die one after the other with no call answered in between: beyond, it is the engine and not a row."""
 
 WAIT_SECONDS = (0.5, 1.0, 2.0, 4.0)
 """Before a lost call is sent again: long enough that Serve has noticed that the replica is gone."""
@@ -56,7 +56,8 @@ class Dispatcher:
         self._slots = asyncio.Semaphore(window)
         self._isolation = asyncio.Lock()
         self._pace = Pace()
-        self._losses = 0
+        self._deaths = 0
+        self._latest_death = 0.0
         self._max_attempts = max_attempts
         self._closed = False
 
@@ -105,10 +106,11 @@ class Dispatcher:
             except NOT_REACHED:
                 await _wait(1)
             except LOST as error:
-                self._losses += 1
-                if self._losses > MOST_LOSSES:
+                if started >= self._latest_death:  # What was in flight before was lost in the death before.
+                    self._deaths, self._latest_death = self._deaths + 1, time.monotonic()
+                if self._deaths > MOST_DEATHS:
                     raise EngineError(
-                        f"{self._losses} calls were lost one after the other, none was answered: {_words(error)}",
+                        f"{self._deaths} engines died one after the other, no call was answered: {_words(error)}",
                         remedy="The replicas' logs are in Ray's session folder, under logs/serve.",
                     ) from error
                 raise
@@ -116,7 +118,7 @@ class Dispatcher:
                 return [Answer(_failed(request, error), attempts=attempt) for request in batch.requests]
             else:
                 self._pace.record(time.monotonic() - started)
-                self._losses = 0
+                self._deaths = 0
                 return [Answer(result, answer.replica, attempt) for result in answer.results]
         return []
 

@@ -128,7 +128,7 @@ def test_an_engine_that_dies_of_everything_ends_the_job_instead_of_condemning_ev
         sent = Dispatcher(call, window=2, max_attempts=3)
         await asyncio.gather(*(sent.send(requests(8, first), SAMPLING) for first in range(0, 80, 8)))
 
-    with pytest.raises(EngineError, match="none was answered: no such instruction"):
+    with pytest.raises(EngineError, match="no call was answered: no such instruction"):
         asyncio.run(main())
 
 
