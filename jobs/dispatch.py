@@ -135,6 +135,8 @@ def _failed(request: Request, error: Exception) -> Result:
 
 def _words(error: Exception) -> str:
     """What a lost engine said first, or the last line of a failure of another kind, which is its cause."""
+    if isinstance(error, RayActorError):
+        return "the replica's process died or its node was lost"
     cause = getattr(error, "cause", None) or error
     lines = str(getattr(cause, "message", cause)).strip().splitlines() or [type(error).__name__]
     return lines[0 if isinstance(error, LOST) else -1]

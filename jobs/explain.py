@@ -63,13 +63,13 @@ def explain_row(options: dict[str, Any], row: int) -> Explained:
         raise InputError(f"{job.inputs.root} has {job.inputs.rows} rows, no row {row}.", remedy="Rows count from 0.")
     reader = UnitReader(job.inputs.root, feeder_config(job).schema.names)
     batch = next(reader.read(file, Unit(0, 0, at, at + 1)))
-    prompt = row_prompts(job.spec, fmt, job.engine.max_model_len, batch)[0]
+    _, prompt = row_prompts(job.spec, fmt, job.engine.max_model_len, batch)[0]
     if isinstance(prompt, Exception):
         raise InputError(f"{file.name}, row {at}: {prompt}")
     lengths = [len(batch.column(n)[0].as_py() or "") if n in batch.schema.names else 0 for n in _texts(job.spec)]
     return Explained(
-        pieces=pieces(fmt, prompt.token_ids),
-        token_ids=prompt.token_ids,
+        pieces=pieces(fmt, list(prompt.token_ids)),
+        token_ids=list(prompt.token_ids),
         stop_tokens={fmt.tokenizer.token(i): i for i in prompt.stop_token_ids},
         truncated=prompt.truncated,
         prefix_chars=prompt.prefix_chars,

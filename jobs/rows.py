@@ -35,23 +35,19 @@ def row_seeds(spec: JobSpec, identity: str, row: int) -> tuple[int, ...]:
     return tuple(int.from_bytes(hashlib.blake2b(t.encode(), digest_size=8).digest()) >> 1 for t in texts)
 
 
-def row_ids(spec: JobSpec, batch: pa.RecordBatch) -> list[Any]:
-    """Each row's id, None where it has none; one that is not UTF-8 is the error that decoding it gave."""
-    name = spec.column("id")
-    if name not in batch.schema.names:
-        return [None] * batch.num_rows
-    column = batch.column(name)
-    return list(texts(column) if is_text(column.type) else column.to_pylist())
+def row_prompts(
+    spec: JobSpec, fmt: Format, max_context: int, batch: pa.RecordBatch
+) -> list[tuple[Any, Prompt | SpanfillError]]:
+    """Of each row of a batch its id, None where it has none, and its prompt, or the error that makes it an error row.
 
-
-def row_prompts(spec: JobSpec, fmt: Format, max_context: int, batch: pa.RecordBatch) -> list[Prompt | SpanfillError]:
-    """The prompt of each row of a batch, or the error that makes it an error row."""
+    Token ids are 32-bit arrays. An id that is not UTF-8 is the error that decoding it gave.
+    """
     pairs: list[tuple[str, str | None]] = []
     errors: dict[int, SpanfillError] = {}
-    prefixes = texts(batch.column(spec.column("prefix")))
+    prefixes, identities = texts(batch.column(spec.column("prefix"))), _row_ids(spec, batch)
     suffix = spec.column("suffix")
     suffixes = texts(batch.column(suffix)) if suffix in batch.schema.names else [None] * batch.num_rows
-    for row, (before, after, identity) in enumerate(zip(prefixes, suffixes, row_ids(spec, batch), strict=True)):
+    for row, (before, after, identity) in enumerate(zip(prefixes, suffixes, identities, strict=True)):
         error = (
             _text_error(spec.column("prefix"), before, required=True)
             or _text_error(suffix, after, required=False)
@@ -67,7 +63,15 @@ def row_prompts(spec: JobSpec, fmt: Format, max_context: int, batch: pa.RecordBa
         prefix_align=spec.prefix_align,
         suffix_share=spec.suffix_share,
     )
-    return [errors.get(row, prompt) for row, prompt in enumerate(prompts)]
+    return [(identities[row], errors.get(row, prompt)) for row, prompt in enumerate(prompts)]
+
+
+def _row_ids(spec: JobSpec, batch: pa.RecordBatch) -> list[Any]:
+    name = spec.column("id")
+    if name not in batch.schema.names:
+        return [None] * batch.num_rows
+    column = batch.column(name)
+    return list(texts(column) if is_text(column.type) else column.to_pylist())
 
 
 def _text_error(column: str, value: str | UnicodeDecodeError | None, *, required: bool) -> InputError | None:

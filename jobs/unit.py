@@ -1,7 +1,6 @@
 """One unit's way from its rows to its part: read, tokenise, order, answer, journal, write. No engine, no event loop."""
 
-import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from jobs.ledger import Ledger, Report
 from jobs.order import cut, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader, check_untouched, texts
-from jobs.rows import PromptFacts, output_columns, row_ids, row_prompts, row_seeds, to_samples
+from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, to_samples
 from jobs.spec import ROLES, JobSpec
 from jobs.store import Location, exists, patient
 from jobs.tally import Tally, count
@@ -60,7 +59,7 @@ class UnitWork:
         self._ledger = Ledger(config.output, config.fingerprint, beginning=config.beginning)
         self._journal = self._ledger.journal(unit.index)
         self._facts: list[PromptFacts | None] = []
-        self._prompts: list[array.array[int] | None] = []
+        self._prompts: list[Sequence[int] | None] = []
         self._seeds: list[tuple[int, ...]] = []
         self._samples: dict[int, list[Sample]] = {}
         self._journaled: set[int] = set()
@@ -129,8 +128,7 @@ class UnitWork:
         return replay.digests
 
     def _prepare_batch(self, batch: pa.RecordBatch, seen: set[Any]) -> None:
-        prompts = row_prompts(self._spec, self._format, self._config.max_model_len, batch)
-        for prompt, identity in zip(prompts, row_ids(self._spec, batch), strict=True):
+        for identity, prompt in row_prompts(self._spec, self._format, self._config.max_model_len, batch):
             row = len(self._facts)
             source = self.unit.start + row
             if self._wanted is not None and row not in self._wanted:
@@ -139,7 +137,7 @@ class UnitWork:
             elif isinstance(prompt, Prompt):
                 length = len(prompt.token_ids)
                 self._facts.append(PromptFacts(length, prompt.prefix_chars, prompt.suffix_chars, prompt.truncated))
-                self._prompts.append(None if row in self._samples else array.array("i", prompt.token_ids))
+                self._prompts.append(None if row in self._samples else prompt.token_ids)
             else:
                 self._facts.append(None)
                 self._prompts.append(None)

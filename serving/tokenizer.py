@@ -3,13 +3,12 @@
 Encoding takes text as text: whatever it spells, it never yields a control token.
 """
 
+import array
 import base64
 import gzip
 import hashlib
-import os
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any, Protocol
 import tiktoken
 
 from serving.errors import FormatError, InputError, ModelError
+from serving.lines import LineEncoder
+from serving.threads import on_threads
 
 CODEGEN25 = "codegen25"
 VOCAB_SIZE = 51_200
@@ -52,15 +53,11 @@ STARCODER_TOKENS = [
     "<dummy_3>",
 ]
 
-MAX_RUN = 20_000
-"""Characters that are encoded at once; longer texts are encoded in pieces."""
-
-
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 """What one of must be in a model's folder: without any, transformers makes an empty tokenizer up."""
 
-MIN_CHUNK = 16
-"""Texts a thread below which threads do not pay."""
+CHUNK = 16
+"""Texts a thread takes at once."""
 
 
 class Tokenizer(Protocol):
@@ -88,8 +85,8 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, on threads."""
 
-    def encode_batch_or_errors(self, texts: Sequence[str]) -> list[list[int] | InputError]:
-        """As ``encode_batch``, but a text that cannot be encoded has its error in its place."""
+    def encode_arrays(self, texts: Sequence[str]) -> list["array.array[int] | InputError"]:
+        """As ``encode_batch`` in 32-bit arrays; a text that cannot be encoded has its error in its place."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ordinary ids; control ids are left out, broken UTF-8 becomes U+FFFD."""
@@ -145,6 +142,7 @@ class TiktokenTokenizer:
 
     def __init__(self, encoding: tiktoken.Encoding, special: dict[str, int]) -> None:
         self._encoding = encoding
+        self._lines = LineEncoder(encoding)
         self._special = special
         self.special_ids = frozenset(special.values())
         self.vocab_size = encoding.max_token_value + 1
@@ -153,21 +151,19 @@ class TiktokenTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of ordinary text; raises ``InputError`` for lone surrogates."""
-        _check_unicode(text)
-        if len(text) <= MAX_RUN:
-            return self._encoding.encode_ordinary(text)
-        ids: list[int] = []
-        for piece in _pieces(text):
-            ids += self._encoding.encode_ordinary(piece)
-        return ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of each text, a chunk a thread: tiktoken releases the GIL while it works."""
-        return _all_good(_on_threads(self.encode, texts))
+        """``encode`` of each text; lines that were not met before are encoded on threads."""
+        return _all_good(self.encode_arrays(texts))
 
-    def encode_batch_or_errors(self, texts: Sequence[str]) -> list[list[int] | InputError]:
-        """As ``encode_batch``, errors in their places."""
-        return _on_threads(self.encode, texts)
+    def encode_arrays(self, texts: Sequence[str]) -> list["array.array[int] | InputError"]:
+        """As ``encode_batch`` in 32-bit arrays, errors in their places."""
+        errors = [_unicode_error(text) for text in texts]
+        if not any(errors):
+            return list(self._lines.encode_batch(texts))
+        ids = self._lines.encode_batch(["" if error else text for text, error in zip(texts, errors, strict=True)])
+        return [error or found for error, found in zip(errors, ids, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ordinary ids."""
@@ -246,7 +242,8 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of ordinary text; raises ``InputError`` for lone surrogates."""
-        _check_unicode(text)
+        if error := _unicode_error(text):
+            raise error
         ids = self._plain(text)
         if self.special_ids.isdisjoint(ids):
             return ids
@@ -263,12 +260,22 @@ class HuggingFaceTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of each text, a chunk a thread."""
-        return _all_good(_on_threads(self.encode, texts))
+        """``encode`` of each text, some a thread."""
+        return _all_good(self.encode_arrays(texts))
 
-    def encode_batch_or_errors(self, texts: Sequence[str]) -> list[list[int] | InputError]:
-        """As ``encode_batch``, errors in their places."""
-        return _on_threads(self.encode, texts)
+    def encode_arrays(self, texts: Sequence[str]) -> list["array.array[int] | InputError"]:
+        """As ``encode_batch`` in 32-bit arrays, errors in their places."""
+        chunks = [texts[i : i + CHUNK] for i in range(0, len(texts), CHUNK)]
+        return [found for chunk in on_threads(self._encode_all, chunks) for found in chunk]
+
+    def _encode_all(self, texts: Sequence[str]) -> list["array.array[int] | InputError"]:
+        found: list[array.array[int] | InputError] = []
+        for text in texts:
+            try:
+                found.append(array.array("i", self.encode(text)))
+            except InputError as error:
+                found.append(error)
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ordinary ids."""
@@ -301,67 +308,21 @@ def _special_id(special: dict[str, int], token: str, name: str) -> int:
     return special[token]
 
 
-def _check_unicode(text: str) -> None:
+def _unicode_error(text: str) -> InputError | None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
+        return InputError(
             f"the text holds a lone surrogate at character {error.start}.",
             remedy="Replace it: it is not valid Unicode.",
-        ) from None
+        )
+    return None
 
 
-_CUT = re.compile(r"[ \n](?=[^\s\x1c-\x1f])")
-"""Before the last blank of a run: GPT-2's pattern always begins a new piece there, so a cut changes no id."""
-
-
-def _pieces(text: str) -> list[str]:
-    """Split a long text where its ids cannot change.
-
-    Only stretches of more than ``MAX_RUN`` characters without such a place are cut elsewhere: over those the pattern
-    would backtrack, and the merges would take, for minutes.
-    """
-    pieces: list[str] = []
-    start = best = 0
-    for place in (*(match.start() for match in _CUT.finditer(text)), len(text)):
-        if place - start > MAX_RUN and best > start:
-            pieces.append(text[start:best])
-            start = best
-        while place - start > MAX_RUN:
-            pieces.append(text[start : start + MAX_RUN])
-            start += MAX_RUN
-        best = place
-    return [*pieces, text[start:]]
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="tokenizer")
-
-
-def _on_threads(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int] | InputError]:
-    workers = len(os.sched_getaffinity(0))
-    size = -(-len(texts) // workers)
-    if size < MIN_CHUNK:
-        return _encode_all(encode, texts)
-    chunks = [texts[i : i + size] for i in range(0, len(texts), size)]
-    return [found for chunk in _threads().map(_encode_all, [encode] * len(chunks), chunks) for found in chunk]
-
-
-def _encode_all(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int] | InputError]:
-    found: list[list[int] | InputError] = []
-    for text in texts:
-        try:
-            found.append(encode(text))
-        except InputError as error:
-            found.append(error)
-    return found
-
-
-def _all_good(found: list[list[int] | InputError]) -> list[list[int]]:
+def _all_good(found: list["array.array[int] | InputError"]) -> list[list[int]]:
     good: list[list[int]] = []
     for ids in found:
         if isinstance(ids, InputError):
             raise ids
-        good.append(ids)
+        good.append(ids.tolist())
     return good

@@ -109,7 +109,7 @@ def bits_per_byte(pairs: list[Row], model: str, way: str) -> float:
         told, counted, lead = told_and_counted(indentation, row["middle"])
         room = max(MAX_TOKENS, len(told) + len(counted))
         prompt = fmt.prompt(row["prefix"], row["suffix"], max_tokens=room, max_context=known.context).token_ids
-        ids = torch.tensor([prompt + told + counted])
+        ids = torch.tensor([[*prompt, *told, *counted]])
         logprobs = network(ids, logits_to_keep=len(counted) + 1).logits[0, :-1].log_softmax(-1)
         bits -= logprobs.gather(1, torch.tensor(counted)[:, None]).sum().item() / math.log(2)
         bits += logprobs[0, openings(lead)].logsumexp(-1).item() / math.log(2)

@@ -215,7 +215,7 @@ def test_what_ships_gives_ids_that_it_never_saw_little(recipe: ModuleType, tmp_p
         for row in pq.read_table(tmp_path / "pairs.parquet").to_pylist():
             prompt = fmt.prompt(row["prefix"], row["suffix"], max_tokens=64, max_context=384).token_ids
             middle = fmt.tokenizer.encode(row["middle"])
-            logits = network(torch.tensor([prompt + middle]), logits_to_keep=len(middle) + 1).logits[0]
+            logits = network(torch.tensor([[*prompt, *middle]]), logits_to_keep=len(middle) + 1).logits[0]
             masses += logits.softmax(-1)[:, unseen].sum(-1).tolist()
     assert sum(masses) / len(masses) < 0.05
 

@@ -1,5 +1,6 @@
 """Each format renders the prompt that its model's own documentation shows."""
 
+import array
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,8 @@ class Letters:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def encode_batch_or_errors(self, texts: Sequence[str]) -> list[list[int] | InputError]:
-        return [self.encode(text) for text in texts]
+    def encode_arrays(self, texts: Sequence[str]) -> list["array.array[int] | InputError"]:
+        return [array.array("i", self.encode(text)) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids if i not in self.special_ids)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from serving import tokenizer as module
 from serving.errors import FormatError, InputError, ModelError
-from serving.tokenizer import MAX_RUN, Tokenizer, codegen25, load_tokenizer
+from serving.lines import MOST_AT_ONCE
+from serving.tokenizer import Tokenizer, codegen25, load_tokenizer
 
 VECTORS = {
     "int add(int a, int b) { return a + b; }\nπ": (
@@ -59,7 +60,7 @@ def test_the_standard_library_survives_and_stays_text() -> None:
 
 def test_long_texts_are_encoded_in_pieces_without_changing_an_id() -> None:
     text = "".join(p.read_text() for p in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-c]*.py")))
-    assert len(text) > 20 * MAX_RUN
+    assert len(text) > 20 * MOST_AT_ONCE
     assert codegen25().encode(text) == codegen25()._encoding.encode_ordinary(text)
 
 
@@ -79,7 +80,7 @@ def test_half_a_character_is_shown_as_such() -> None:
 def test_lone_surrogates_are_refused_and_spare_their_neighbours() -> None:
     with pytest.raises(InputError, match="lone surrogate at character 1"):
         codegen25().encode("a\ud800")
-    found = codegen25().encode_batch_or_errors(["a", "\ud800", "b"])
+    found = codegen25().encode_arrays(["a", "\ud800", "b"])
     assert [isinstance(f, InputError) for f in found] == [False, True, False]
 
 
