@@ -8,14 +8,14 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from jobs.feeder import Feeder, FeederReport
+from jobs.feeder import Feeder, FeederReport, Route
 from jobs.plan import InputFile, Unit
 from jobs.tally import Tally
 from jobs.unit import FeederConfig
 from serving.errors import FeederError, SpanfillError
 
 UNITS_AHEAD = 3
-"""Units that a feeder has under way: while one drains, the next is read and tokenised."""
+"""Units that a feeder has under way at least: while one drains, the next is read and tokenised."""
 
 MOST_DEATHS = 5
 """Feeders that may die one after the other without a row finished in between."""
@@ -38,7 +38,8 @@ class Crew:
         self._config = config
         self._left = left
         self._files = files
-        self._attachment: tuple[str, str, int] | None = None
+        self._attachment: tuple[str, str, Route] | None = None
+        self._ahead = UNITS_AHEAD
         self._deaths = 0
         self._seats = [_Seat(self._hire()) for _ in range(count)]
 
@@ -50,9 +51,10 @@ class Crew:
         """Whether a unit is under way."""
         return any(seat.units for seat in self._seats)
 
-    def attach(self, deployment: str, app: str, window: int) -> None:
-        """Let every feeder, and whoever replaces it, call the application's replicas."""
-        self._attachment = (deployment, app, window)
+    def attach(self, deployment: str, app: str, route: Route, *, units: int) -> None:
+        """Let every feeder, and whoever replaces it, call the application's replicas; each has ``units`` units."""
+        self._attachment = (deployment, app, route)
+        self._ahead = max(UNITS_AHEAD, units)
         for seat in self._seats:
             self._attach(seat)
 
@@ -65,9 +67,9 @@ class Crew:
             return  # Its units say so too, and then it is replaced.
 
     def fill(self) -> None:
-        """Hand out units until every feeder has ``UNITS_AHEAD``."""
+        """Hand out units until every feeder has enough."""
         for seat in self._seats:
-            while self._left and len(seat.units) < UNITS_AHEAD:
+            while self._left and len(seat.units) < self._ahead:
                 unit = self._left.popleft()
                 file = self._files[unit.file] if self._files else NO_FILE
                 seat.units[seat.feeder.run.remote(unit, file)] = unit

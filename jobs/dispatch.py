@@ -1,4 +1,4 @@
-"""Micro-batches to replicas: a bounded window in flight, lost calls sent again, poison isolated by halving.
+"""Micro-batches to replicas: lost calls sent again, poison isolated by halving.
 
 A call that is lost with its replica says little of its rows: the machine may have failed, or a neighbour in the same
 engine. So a micro-batch is sent again as it is; one that is lost again is suspect, and from then on its rows are alone
@@ -41,19 +41,19 @@ WAIT_SECONDS = (0.5, 1.0, 2.0, 4.0)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One row's result, the replica that gave it, and how often it was asked for."""
+    """One row's result, the replica that gave it, how often it was asked for, and how many rows waited there then."""
 
     result: Result
     replica: str = ""
     attempts: int = 1
+    waiting: int | None = None
 
 
 class Dispatcher:
-    """Sends micro-batches, at most ``window`` at a time, first come first served."""
+    """Sends micro-batches until they are answered."""
 
-    def __init__(self, call: Call, *, window: int, max_attempts: int) -> None:
+    def __init__(self, call: Call, *, max_attempts: int) -> None:
         self._call = call
-        self._slots = asyncio.Semaphore(window)
         self._isolation = asyncio.Lock()
         self._pace = Pace()
         self._deaths = 0
@@ -65,38 +65,47 @@ class Dispatcher:
         """Send nothing more; what is in flight is still awaited."""
         self._closed = True
 
-    async def send(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
+    async def send(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        lane: int | None = None,
+        suspected: Callable[[], None] = lambda: None,
+    ) -> list[Answer]:
         """Answer every request; a row that is lost again and again is an error in the engine's words.
 
         It is asked for ``max_attempts`` times, and more often only where it must be parted from its neighbours: it was
-        alone in its engine at the last.
+        alone in its engine at the last. ``suspected`` is called before that begins, which may take minutes.
 
         After ``close`` fewer answers come, or none. Raises ``EngineError`` when every call is lost.
         """
+        batch = MicroBatch(tuple(requests), sampling, lane=lane)
         attempt = 1
-        async with self._slots:
-            while attempt <= FREE_CALLS:
-                try:
-                    return await self._reach(MicroBatch(tuple(requests), sampling), attempt)
-                except LOST:
-                    await _wait(attempt)
-                    attempt += 1
+        while attempt <= FREE_CALLS:
+            try:
+                return await self._reach(batch, attempt)
+            except LOST:
+                await _wait(attempt)
+                attempt += 1
+        suspected()
         async with self._isolation:
-            return await self._isolate(list(requests), sampling, attempt)
+            return await self._isolate(replace(batch, alone=True), attempt)
 
-    async def _isolate(self, requests: list[Request], sampling: Sampling, attempt: int) -> list[Answer]:
+    async def _isolate(self, batch: MicroBatch, attempt: int) -> list[Answer]:
+        requests = batch.requests
         tries = 1 if len(requests) > 1 else max(1, self._max_attempts - attempt + 1)
         for _ in range(tries):
             try:
-                return await self._reach(MicroBatch(tuple(requests), sampling, alone=True), attempt)
+                return await self._reach(batch, attempt)
             except LOST as error:
                 await _wait(attempt)
                 attempt, lost = attempt + 1, error
         if len(requests) == 1:
             return [Answer(_failed(requests[0], lost), attempts=attempt - 1)]
         middle = len(requests) // 2
-        first = await self._isolate(requests[:middle], sampling, attempt)
-        return first + await self._isolate(requests[middle:], sampling, attempt)
+        first = await self._isolate(replace(batch, requests=requests[:middle]), attempt)
+        return first + await self._isolate(replace(batch, requests=requests[middle:]), attempt)
 
     async def _reach(self, batch: MicroBatch, attempt: int) -> list[Answer]:
         while not self._closed:
@@ -119,7 +128,7 @@ class Dispatcher:
             else:
                 self._pace.record(time.monotonic() - started)
                 self._deaths = 0
-                return [Answer(result, answer.replica, attempt) for result in answer.results]
+                return [Answer(result, answer.replica, attempt, answer.waiting) for result in answer.results]
         return []
 
 

@@ -5,11 +5,13 @@ import gc
 import time
 from dataclasses import dataclass, field
 
-from jobs.dispatch import Dispatcher
+from jobs.dispatch import Call, Dispatcher
+from jobs.lanes import Lanes, Ticket
 from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader
 from jobs.tally import Tally
 from jobs.unit import FeederConfig, UnitWork
+from serving.errors import SpanfillError
 from serving.formats import Format, load_format
 from serving.protocol import MicroBatch, MicroBatchResult, Sampling
 
@@ -29,8 +31,42 @@ class FeederReport:
     said: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How to call an application: its replicas, each with ``window`` calls of this feeder in flight at first.
+
+    ``block_size`` tokens are a block of the engines' prefix caches.
+    """
+
+    replicas: int
+    window: int
+    block_size: int
+
+
+class Flight:
+    """A unit whose rows are with the engines: ``left`` have not come back; ``done`` when none has."""
+
+    def __init__(self, work: UnitWork, left: int) -> None:
+        self.work = work
+        self.left = left
+        self.sends: set[asyncio.Task[None]] = set()
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.land(0)
+
+    def land(self, rows: int) -> None:
+        """Count rows that came back, or that will not."""
+        self.left -= rows
+        if self.left == 0 and not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, error: SpanfillError) -> None:
+        """Give the unit up."""
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
 class Feeder:
-    """Runs units through one window of micro-batches."""
+    """Runs units through the lanes to the replicas."""
 
     def __init__(self, config: FeederConfig) -> None:
         # What lives as long as the process is not looked through again, and the rows' many lists seldom.
@@ -44,6 +80,9 @@ class Feeder:
         self._ready = asyncio.Event()
         self._stopping = False
         self._dispatcher: Dispatcher | None = None
+        self._lanes = Lanes(0, 0, 1)
+        self._block_size = 1
+        self._flights: dict[int, Flight] = {}
         self._works: dict[int, UnitWork] = {}
         self._tasks: set[asyncio.Task[Tally | None]] = set()
         self._sampling = Sampling(
@@ -54,8 +93,8 @@ class Feeder:
             logprobs="mean_logprob" in spec.extra_columns,
         )
 
-    async def attach(self, deployment: str, app: str, window: int) -> None:
-        """Begin to call the application's replicas, at most ``window`` micro-batches at a time."""
+    async def attach(self, deployment: str, app: str, route: Route) -> None:
+        """Begin to call the application's replicas."""
         from ray import serve
 
         handle = serve.get_deployment_handle(deployment, app_name=app).options(
@@ -66,7 +105,13 @@ class Feeder:
             result: MicroBatchResult = await handle.generate.remote(batch)
             return result
 
-        self._dispatcher = Dispatcher(call, window=window, max_attempts=self._config.spec.max_attempts)
+        self.connect(call, route)
+
+    def connect(self, call: Call, route: Route) -> None:
+        """Begin to send micro-batches with ``call``."""
+        self._dispatcher = Dispatcher(call, max_attempts=self._config.spec.max_attempts)
+        self._lanes = Lanes(route.replicas, route.window, self._config.spec.batch_rows)
+        self._block_size = route.block_size
         self._ready.set()
 
     async def progress(self) -> FeederReport:
@@ -84,6 +129,8 @@ class Feeder:
         self._stopping = True
         if self._dispatcher is not None:
             self._dispatcher.close()
+        for flight in self._flights.values():
+            flight.land(self._lanes.drop(flight.work.unit.index))
         self._ready.set()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=drain_seconds)
@@ -105,16 +152,12 @@ class Feeder:
 
     async def _run(self, work: UnitWork) -> Tally | None:
         started = time.monotonic()
-        async with self._reading:
-            if self._stopping:
-                return None
-            self._works[work.unit.index] = work
-            try:
-                await asyncio.to_thread(work.prepare, self._reader)
-            except BaseException:
-                del self._works[work.unit.index]
-                raise
         try:
+            async with self._reading:
+                if self._stopping:
+                    return None
+                self._works[work.unit.index] = work
+                await asyncio.to_thread(work.prepare, self._reader)
             await self._ready.wait()
             await self._answer(work)
             if work.missing:
@@ -122,36 +165,67 @@ class Feeder:
             async with self._reading:
                 tally = await asyncio.to_thread(work.finish)
         finally:
-            del self._works[work.unit.index]
+            self._works.pop(work.unit.index, None)
         tally.seconds = time.monotonic() - started
         return tally
 
     async def _answer(self, work: UnitWork) -> None:
+        """Let the lanes work off a unit, and journal what is answered meanwhile."""
+        if self._stopping:
+            return
+        groups = await asyncio.to_thread(work.groups, self._block_size)
+        flight = Flight(work, sum(len(batch) for group in groups for batch in group))
+        self._flights[work.unit.index] = flight
+        self._lanes.add(work.unit.index, groups)
+        journal = asyncio.create_task(self._keep_journal(work))
         try:
-            async with asyncio.TaskGroup() as group:
-                journal = group.create_task(self._keep_journal(work))
-                async with asyncio.TaskGroup() as sending:
-                    for rows in work.micro_batches():
-                        sending.create_task(self._send(work, rows))
-                journal.cancel()
-        except BaseExceptionGroup as failures:
-            raise _first(failures) from None
+            self._pump()
+            await asyncio.wait({flight.done, journal}, return_when=asyncio.FIRST_COMPLETED)
+            for ended in (flight.done, journal):
+                if ended.done():
+                    ended.result()
         finally:
+            journal.cancel()
+            self._lanes.drop(work.unit.index)
+            del self._flights[work.unit.index]
+            for task in flight.sends:
+                task.cancel()
             if work.missing:
                 await asyncio.to_thread(work.publish_journal)
 
-    async def _send(self, work: UnitWork, rows: list[int]) -> None:
+    def _pump(self) -> None:
+        """Send what the lanes have room for, one micro-batch of each in turn."""
+        more = not self._stopping
+        while more:
+            more = False
+            for lane in range(len(self._lanes)):
+                if ticket := self._lanes.take(lane):
+                    more = True
+                    flight = self._flights[ticket.unit]
+                    task = asyncio.create_task(self._send(flight, ticket))
+                    flight.sends.add(task)
+                    task.add_done_callback(flight.sends.discard)
+
+    async def _send(self, flight: Flight, ticket: Ticket) -> None:
         assert self._dispatcher is not None
-        for answer in await self._dispatcher.send(work.requests(rows), self._sampling):
-            work.answer(answer.result, replica=answer.replica, attempts=answer.attempts)
+
+        def suspected() -> None:
+            self._lanes.settle(ticket, answered=False)
+            self._pump()
+
+        try:
+            requests = flight.work.requests(ticket.rows)
+            answers = await self._dispatcher.send(requests, self._sampling, lane=ticket.lane, suspected=suspected)
+            for answer in answers:
+                flight.work.answer(answer.result, replica=answer.replica, attempts=answer.attempts)
+            self._lanes.settle(ticket, answered=bool(answers), waiting=answers[-1].waiting if answers else None)
+        except SpanfillError as error:
+            flight.fail(error)
+        else:
+            flight.land(len(ticket.rows))
+            self._pump()
 
     async def _keep_journal(self, work: UnitWork) -> None:
         while True:
             await asyncio.sleep(JOURNAL_SECONDS)
             await asyncio.to_thread(work.publish_journal)
-
-
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first failure of a group of groups."""
-    failure = failures.exceptions[0]
-    return _first(failure) if isinstance(failure, BaseExceptionGroup) else failure

@@ -3,6 +3,7 @@
 import array
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 TOKEN_BYTES = 4
 
@@ -44,3 +45,28 @@ def cut(keys: Sequence[bytes], order: Sequence[int], size: int) -> list[list[int
         batches.append(list(order[start:end]))
         start = end
     return [*batches, list(order[start:])] if start < len(order) else batches
+
+
+def grouped(keys: Sequence[bytes], batches: Sequence[list[int]], block_size: int) -> list[list[list[int]]]:
+    """Consecutive micro-batches in groups between which no block of ``block_size`` tokens is shared."""
+    groups: list[list[list[int]]] = []
+    last: int | None = None
+    for batch in batches:
+        if last is None or shared_tokens(keys[last], keys[batch[0]]) < block_size:
+            groups.append([])
+        groups[-1].append(batch)
+        last = batch[-1]
+    return groups
+
+
+def ideal_cached_tokens(keys: Sequence[bytes], order: Sequence[int], block_size: int) -> list[int]:
+    """For each row in ``order`` the prompt tokens that a prefix cache which forgets nothing would have for it.
+
+    Sorted rows share the most with the one before them. Whole blocks count, and a prompt's last token is always
+    computed, as in vLLM.
+    """
+    found = [0] if order else []
+    for before, row in pairwise(order):
+        shared = min(shared_tokens(keys[before], keys[row]), len(keys[row]) // TOKEN_BYTES - 1)
+        found.append(max(0, shared) // block_size * block_size)
+    return found

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from jobs.crew import Crew
+from jobs.feeder import Route
 from jobs.job import Job, begun_spec, feeder_config, prepare_job, provenance, refuse_nested_output
 from jobs.lease import Lease
 from jobs.ledger import Ledger, read_manifest
@@ -201,17 +202,23 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
     replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
     service = fleet.join_or_start(job.engine, replicas, embedded=embedded, say=watcher.say, check=run.check)
     try:
-        crew.attach(DEPLOYMENT, service.name, _window(service, spec))
+        route, units = _route(service, spec)
+        crew.attach(DEPLOYMENT, service.name, route, units=units)
         run.progress.stage = "running"
         _watch(run, crew, left, service)
     finally:
         service.release()
 
 
-def _window(service: fleet.Fleet, spec: JobSpec) -> int:
-    """Micro-batches in flight of one feeder: all keep ``ROWS_AHEAD`` times what the engines' batches hold in flight."""
+def _route(service: fleet.Fleet, spec: JobSpec) -> tuple[Route, int]:
+    """How each feeder calls the replicas, and the units that it needs to keep them busy.
+
+    At first all feeders together have ``ROWS_AHEAD`` times what an engine's batch holds in flight to it.
+    """
     calls = max(3, math.ceil(ROWS_AHEAD * service.info.max_num_seqs / spec.batch_rows))
-    return max(2, math.ceil(calls * spec.replicas / spec.feeders))
+    window = max(2, math.ceil(calls / spec.feeders))
+    flying = window * service.replicas * spec.batch_rows
+    return Route(service.replicas, window, service.info.block_size), 2 + math.ceil(flying / spec.rows_per_part)
 
 
 def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> None:
@@ -291,6 +298,7 @@ def _commit(run: _Run, units: list[Unit], seconds: float) -> dict[str, Any]:
         "completion_tokens": total.completion_tokens,
         "cached_tokens": total.cached_tokens,
         "prefix_cache_hit_share": round(total.cached_tokens / total.prompt_tokens, 4) if total.prompt_tokens else 0.0,
+        "ideal_hit_share": round(total.ideal_tokens / total.prompt_tokens, 4) if total.prompt_tokens else 0.0,
         "finish_reasons": total.finish_reasons,
         "truncated": total.truncated,
         "empty": total.empty,

@@ -10,7 +10,9 @@ class Tally:
     """Sums over rows; two add up.
 
     ``replayed`` counts the rows among ``rows`` that came from the journal, ``prepared`` those whose prompt was made or
-    could not be made, ``refused`` the latter: no engine ever saw them.
+    could not be made, ``refused`` the latter: no engine ever saw them. ``ideal_tokens`` is what ``cached_tokens`` would
+    be with a prefix cache that forgets nothing within a unit; ``twins`` are rows that took another's answer because
+    their prompt and seeds were the same.
     """
 
     rows: int = 0
@@ -22,6 +24,8 @@ class Tally:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    ideal_tokens: int = 0
+    twins: int = 0
     truncated: int = 0
     empty: int = 0
     repeated_ids: int = 0

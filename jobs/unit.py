@@ -1,7 +1,7 @@
 """One unit's way from its rows to its part: read, tokenise, order, answer, journal, write. No engine, no event loop."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ from jobs.digest import InputDigest
 from jobs.journal import Sample
 from jobs.lease import check_lease
 from jobs.ledger import Ledger, Report
-from jobs.order import cut, prefix_order, sort_key
+from jobs.order import TOKEN_BYTES, cut, grouped, ideal_cached_tokens, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader, check_untouched, texts
 from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, to_samples
@@ -64,7 +64,8 @@ class UnitWork:
         self._samples: dict[int, list[Sample]] = {}
         self._journaled: set[int] = set()
         self._wanted: set[int] | None = None
-        self._repeated_ids = 0
+        self._twins: dict[int, list[int]] = {}
+        self._repeated_ids = self._ideal = 0
         self._digest = ""
 
     @property
@@ -137,7 +138,7 @@ class UnitWork:
             elif isinstance(prompt, Prompt):
                 length = len(prompt.token_ids)
                 self._facts.append(PromptFacts(length, prompt.prefix_chars, prompt.suffix_chars, prompt.truncated))
-                self._prompts.append(None if row in self._samples else prompt.token_ids)
+                self._prompts.append(prompt.token_ids)
             else:
                 self._facts.append(None)
                 self._prompts.append(None)
@@ -152,14 +153,51 @@ class UnitWork:
             key = str(identity) if isinstance(identity, str | int) else f"{self._file.name}:{source}"
             self._seeds.append(row_seeds(self._spec, key, source))
 
-    def micro_batches(self) -> list[list[int]]:
-        """The rows without an answer, in the order in which they are sent, cut where they share the least."""
-        rows = [row for row, prompt in enumerate(self._prompts) if prompt is not None]
+    def groups(self, block_size: int) -> list[list[list[int]]]:
+        """What an engine must answer: micro-batches of rows, cut where they share least, in groups that share nothing.
+
+        Blocks of its prefix cache hold ``block_size`` tokens. Rows with the same prompt and seeds are sent once.
+        """
+        keys = [b"" if prompt is None else sort_key(prompt) for prompt in self._prompts]
+        prompts = [row for row, prompt in enumerate(self._prompts) if prompt is not None]
+        order = [prompts[i] for i in prefix_order([keys[row] for row in prompts])]
+        ideal = dict(zip(order, ideal_cached_tokens(keys, order, block_size), strict=True))
+        rows = self._find_twins(keys, order, ideal, block_size)
+        self._prompts = [prompt if row in rows else None for row, prompt in enumerate(self._prompts)]
         size = self._spec.batch_rows
         if self._spec.order == "input":
-            return [rows[i : i + size] for i in range(0, len(rows), size)]
-        keys = [sort_key(prompt) for row in rows if (prompt := self._prompts[row]) is not None]
-        return [[rows[i] for i in batch] for batch in cut(keys, prefix_order(keys), size)]
+            left = sorted(rows)
+            return [[left[i : i + size]] for i in range(0, len(left), size)]
+        return grouped(keys, cut(keys, [row for row in order if row in rows], size), block_size)
+
+    def _find_twins(self, keys: list[bytes], order: list[int], ideal: dict[int, int], block_size: int) -> set[int]:
+        """The rows to send, without those that another's answer serves; those whose other is answered are answered."""
+        rows, leaders = set[int](), dict[tuple[bytes, tuple[int, ...]], int]()
+        for row in order:
+            leader = leaders.setdefault((keys[row], self._seeds[row]), row)
+            tokens = len(keys[row]) // TOKEN_BYTES
+            again = (tokens - 1) // block_size * block_size * (self._spec.n - 1)
+            self._ideal += ideal[row] + again if leader == row else tokens * self._spec.n
+            if row in self._samples:
+                continue
+            if leader == row:
+                rows.add(row)
+            elif leader in self._samples:
+                self._copy(leader, row)
+            else:
+                self._twins.setdefault(leader, []).append(row)
+        return rows
+
+    def _copy(self, leader: int, row: int) -> None:
+        """Give a row the answer to its twin: all of its prompt was cached, so to speak."""
+        fact = self._facts[row]
+        tokens = fact.prompt_tokens * self._spec.n if fact else 0
+        self._samples[row] = [
+            replace(sample, row=self.unit.start + row, cached_tokens=tokens if sample.sample == 0 else 0)
+            for sample in self._samples[leader]
+        ]
+        self.live.twins += 1
+        self._count(row)
 
     def requests(self, rows: list[int]) -> list[Request]:
         """What the engine is asked for these rows."""
@@ -171,6 +209,8 @@ class UnitWork:
         self._prompts[row] = None
         self._samples[row] = to_samples(result, self.unit.start + row, replica=replica, attempts=attempts)
         self._count(row)
+        for twin in self._twins.pop(row, ()):
+            self._copy(row, twin)
 
     def _count(self, row: int) -> None:
         live, samples, fact = self.live, self._samples[row], self._facts[row]
@@ -209,7 +249,8 @@ class UnitWork:
         theirs = self._ledger.read_report(self.unit.index) if exists(self._ledger.part(self.unit.index)) else None
         if theirs is not None:
             return theirs.tally  # A runner that was thought dead has finished this unit: its part never changes.
-        tally, files = Tally(replayed=self.live.replayed, repeated_ids=self._repeated_ids), dict[str, tuple[str, int]]()
+        tally, files = Tally(replayed=self.live.replayed, twins=self.live.twins), dict[str, tuple[str, int]]()
+        tally.repeated_ids, tally.ideal_tokens = self._repeated_ids, self._ideal
         part, errors = self._ledger.part(self.unit.index), self._ledger.errors(self.unit.index)
         compression, metadata = self._spec.compression, self._config.metadata
         if any(samples[0].error_code is not None for samples in self._samples.values()):

@@ -5,11 +5,13 @@ from typing import Any
 from pydantic import Field
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from serving.config import EngineConfig, EngineKind, Frozen, ReplicaConfig
 from serving.engine import check_engine_args, is_gpu_build
 from serving.models import resolve_model
 from serving.replica import Replica
+from serving.router import LaneRouter
 
 DEPLOYMENT = "Replica"
 HEALTH_CHECK_PERIOD_S = 1.0
@@ -68,6 +70,7 @@ def build(engine: EngineConfig, replica: ReplicaConfig) -> Application:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=2,
+        request_router_config=RequestRouterConfig(request_router_class=LaneRouter),
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     return deployment.bind(engine, replica)

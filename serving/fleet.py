@@ -89,7 +89,7 @@ def _start_serve(**options: str) -> None:
 
 @dataclass(frozen=True)
 class Fleet:
-    """A running application: its name, a handle for calls, what its engines are, whose it is.
+    """A running application: its name, a handle for calls, its replicas and what their engines are, whose it is.
 
     ``own``: this job started it. ``guarded``: a ``Lifeline`` deletes it unless it hears from the job.
     """
@@ -97,6 +97,7 @@ class Fleet:
     name: str
     handle: DeploymentHandle
     info: EngineInfo
+    replicas: int
     own: bool = False
     guarded: bool = False
     vigil: "Vigil" = field(default_factory=lambda: Vigil())
@@ -187,7 +188,7 @@ def join_or_start(
         raise
     handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
     _, info = handle.describe.remote().result()
-    return Fleet(name, handle, info, own=True, guarded=not embedded)
+    return Fleet(name, handle, info, replica.replicas, own=True, guarded=not embedded)
 
 
 def _running_fleet(engine: EngineConfig) -> Fleet | None:
@@ -197,7 +198,7 @@ def _running_fleet(engine: EngineConfig) -> Fleet | None:
         handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
         fingerprint, info = handle.describe.remote().result(timeout_s=30)
         if fingerprint == engine.fingerprint:
-            return Fleet(name, handle, info)
+            return Fleet(name, handle, info, max(1, app.deployments[DEPLOYMENT].replica_states.get("RUNNING", 0)))
     return None
 
 

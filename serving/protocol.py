@@ -44,7 +44,7 @@ class MicroBatch:
     """The unit of a call to a replica; ``alone``: nothing else may run in the engine beside it.
 
     ``patience`` is what the caller's measured pace allows an engine to stand still, in seconds: it counts where the
-    replica has measured nothing of its own yet, as after a restart.
+    replica has measured nothing of its own yet, as after a restart. ``lane`` says which of the replicas is meant.
     """
 
     requests: tuple[Request, ...]
@@ -53,6 +53,7 @@ class MicroBatch:
     cache_salt: str | None = None
     alone: bool = False
     patience: float | None = None
+    lane: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,11 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchResult:
-    """The answer to one micro-batch, in the order of its requests, and who gave it."""
+    """The answer to one micro-batch, in the order of its requests; who gave it, and how many rows wait there now."""
 
     replica: str
     results: tuple[Result, ...]
+    waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)

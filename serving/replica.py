@@ -50,7 +50,8 @@ class Replica:
                 await self.check_health()
             except EngineDeadError as error:
                 raise EngineGoneError(error.message, remedy=error.remedy) from None
-            return MicroBatchResult(self._name, await self._answer(batch))
+            results = await self._answer(batch)
+            return MicroBatchResult(self._name, results, self._engine.stats().waiting)
 
     async def _answer(self, batch: MicroBatch) -> tuple[Result, ...]:
         started = time.monotonic()

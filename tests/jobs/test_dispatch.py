@@ -39,7 +39,7 @@ def test_a_lost_replica_costs_nothing_but_a_second_call() -> None:
             raise EngineDeadError("gone")
         return answer(batch)
 
-    answers = asyncio.run(Dispatcher(call, window=1, max_attempts=3).send(requests(8), SAMPLING))
+    answers = asyncio.run(Dispatcher(call, max_attempts=3).send(requests(8), SAMPLING))
     assert calls == [(8, False), (8, False)]
     assert keys(answers) == list(range(8))
     assert {a.attempts for a in answers} == {2}
@@ -59,7 +59,7 @@ def test_poison_is_isolated_and_its_neighbours_finish(poison: set[int], error: E
             raise error
         return answer(batch)
 
-    answers = asyncio.run(Dispatcher(call, window=1, max_attempts=3).send(requests(8), SAMPLING))
+    answers = asyncio.run(Dispatcher(call, max_attempts=3).send(requests(8), SAMPLING))
     assert keys(answers) == list(range(8))
     failed = {a.result.key: a.result for a in answers if a.result.error_code}
     assert set(failed) == poison
@@ -75,7 +75,7 @@ def test_a_row_that_was_alone_from_the_start_is_asked_for_max_attempts_times() -
         calls += 1
         raise EngineDeadError("segmentation fault")
 
-    (answer,) = asyncio.run(Dispatcher(call, window=1, max_attempts=5).send(requests(1), SAMPLING))
+    (answer,) = asyncio.run(Dispatcher(call, max_attempts=5).send(requests(1), SAMPLING))
     assert (answer.result.error_code, answer.attempts, calls) == ("engine_dead", 5, 5)
 
 
@@ -97,7 +97,7 @@ def test_rows_beside_poison_in_one_engine_are_never_condemned() -> None:
                     raise EngineDeadError("died")
                 return answer(batch)
 
-        sent = Dispatcher(call, window=4, max_attempts=2)
+        sent = Dispatcher(call, max_attempts=2)
         found = await asyncio.gather(*(sent.send(requests(8, first), SAMPLING) for first in range(0, 80, 8)))
         return [answer for answers in found for answer in answers]
 
@@ -116,7 +116,7 @@ def test_an_engine_that_was_dead_before_is_no_evidence_against_the_rows() -> Non
             raise EngineGoneError("was dead already")
         return answer(batch)
 
-    answers = asyncio.run(Dispatcher(call, window=1, max_attempts=1).send(requests(1), SAMPLING))
+    answers = asyncio.run(Dispatcher(call, max_attempts=1).send(requests(1), SAMPLING))
     assert (answers[0].result.error_code, answers[0].attempts) == (None, 1)
 
 
@@ -125,30 +125,11 @@ def test_an_engine_that_dies_of_everything_ends_the_job_instead_of_condemning_ev
         raise EngineDeadError("no such instruction")
 
     async def main() -> None:
-        sent = Dispatcher(call, window=2, max_attempts=3)
+        sent = Dispatcher(call, max_attempts=3)
         await asyncio.gather(*(sent.send(requests(8, first), SAMPLING) for first in range(0, 80, 8)))
 
     with pytest.raises(EngineError, match="no call was answered: no such instruction"):
         asyncio.run(main())
-
-
-def test_the_window_bounds_what_is_in_flight() -> None:
-    now = most = 0
-
-    async def call(batch: MicroBatch) -> MicroBatchResult:
-        nonlocal now, most
-        now += 1
-        most = max(most, now)
-        await asyncio.sleep(0)
-        now -= 1
-        return answer(batch)
-
-    async def main() -> None:
-        sent = Dispatcher(call, window=3, max_attempts=1)
-        await asyncio.gather(*(sent.send(requests(1), SAMPLING) for _ in range(20)))
-
-    asyncio.run(main())
-    assert most == 3
 
 
 def test_after_close_what_is_in_flight_is_answered_and_nothing_else_is_sent() -> None:
@@ -163,10 +144,11 @@ def test_after_close_what_is_in_flight_is_answered_and_nothing_else_is_sent() ->
             await release.wait()
             return answer(batch)
 
-        sent = Dispatcher(call, window=2, max_attempts=1)
-        tasks = [asyncio.create_task(sent.send(requests(1), SAMPLING)) for _ in range(5)]
+        sent = Dispatcher(call, max_attempts=1)
+        tasks = [asyncio.create_task(sent.send(requests(1), SAMPLING)) for _ in range(2)]
         await asyncio.sleep(0.01)
         sent.close()
+        tasks += [asyncio.create_task(sent.send(requests(1), SAMPLING)) for _ in range(3)]
         release.set()
         return await asyncio.gather(*tasks)
 
@@ -180,7 +162,7 @@ def test_a_call_lost_after_close_is_not_sent_again() -> None:
             sent.close()
             raise EngineDeadError("pre-empted")
 
-        sent = Dispatcher(call, window=1, max_attempts=1)
+        sent = Dispatcher(call, max_attempts=1)
         return await sent.send(requests(4), SAMPLING)
 
     assert asyncio.run(main()) == []
@@ -191,7 +173,7 @@ def test_a_replicas_own_failure_is_told_with_its_last_line() -> None:
     async def call(batch: MicroBatch) -> MicroBatchResult:
         raise RayTaskError("generate", "Traceback\nValueError: odd", ValueError("odd"))
 
-    answers = asyncio.run(Dispatcher(call, window=1, max_attempts=3).send(requests(2), SAMPLING))
+    answers = asyncio.run(Dispatcher(call, max_attempts=3).send(requests(2), SAMPLING))
     assert [(a.result.error_code, a.result.error_message) for a in answers] == [("replica_failed", "odd")] * 2
 
 
@@ -200,4 +182,4 @@ def test_a_programming_error_is_not_swallowed() -> None:
         raise KeyError("bug")
 
     with pytest.raises(KeyError):
-        asyncio.run(Dispatcher(call, window=1, max_attempts=3).send(requests(1), SAMPLING))
+        asyncio.run(Dispatcher(call, max_attempts=3).send(requests(1), SAMPLING))

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from jobs import feeder as feeder_module
 from jobs import store
-from jobs.dispatch import Dispatcher
-from jobs.feeder import Feeder
+from jobs.feeder import Feeder, Route
 from jobs.job import feeder_config, prepare_job
 from jobs.lease import Lease
 from jobs.ledger import Ledger
@@ -49,8 +48,7 @@ class LocalFeeder(Feeder):
             asked = (simulated.generate(request, batch.sampling) for request in batch.requests)
             return MicroBatchResult("local", tuple(await asyncio.gather(*asked)))
 
-        self._dispatcher = Dispatcher(call, window=2, max_attempts=1)
-        self._ready.set()
+        self.connect(call, Route(replicas=1, window=2, block_size=16))
 
 
 def run(values: dict[str, Any], kill: Kill | None) -> None:

@@ -1,0 +1,27 @@
+"""Which replica answers a call: the one that the micro-batch's lane names, so that its prefix cache is met again."""
+
+import random
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from serving.protocol import MicroBatch
+
+
+class LaneRouter(RequestRouter):  # type: ignore[misc]
+    """Replicas in the order of their ids are lanes 0, 1, ...; calls without a lane go to the less busy of two."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Ranks of replicas, the best first; Serve takes one of a rank that has room."""
+        lane = _lane(pending_request)
+        some = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
+        if lane is None or not candidate_replicas:
+            return [some]
+        replicas = sorted(candidate_replicas, key=lambda replica: replica.replica_id.unique_id)
+        return [[replicas[lane % len(replicas)]], some]
+
+
+def _lane(pending: PendingRequest | None) -> int | None:
+    batch = pending.args[0] if pending is not None and pending.args else None
+    return batch.lane if isinstance(batch, MicroBatch) else None

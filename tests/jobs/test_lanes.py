@@ -1,0 +1,100 @@
+import heapq
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.lanes import Lanes, Ticket
+
+GROUPS = st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=5), max_size=12)
+
+
+def groups_of(sizes: list[list[int]], first: int = 0) -> list[list[list[int]]]:
+    rows = itertools.count(first)
+    return [[[next(rows) for _ in range(size)] for size in group] for group in sizes]
+
+
+@given(st.lists(GROUPS, min_size=1, max_size=3), st.integers(1, 5), st.integers(1, 3), st.data())
+def test_every_row_is_taken_once_whoever_asks(
+    units: list[list[list[int]]], count: int, window: int, data: st.DataObject
+) -> None:
+    now = itertools.count()
+    lanes = Lanes(count, window, 8, clock=lambda: float(next(now)))
+    for number, sizes in enumerate(units):
+        lanes.add(number, groups_of(sizes))
+    taken: dict[int, list[int]] = {number: [] for number in range(len(units))}
+    flying: list[Ticket] = []
+    idle = 0
+    while idle < count or flying:
+        lane = data.draw(st.integers(0, count - 1))
+        ticket = lanes.take(lane) if idle < count else None
+        if ticket is not None:
+            taken[ticket.unit] += ticket.rows
+            flying.append(ticket)
+            assert sum(t.lane == lane for t in flying) <= 4 * window
+            idle = 0
+        elif flying:
+            done = flying.pop(data.draw(st.integers(0, len(flying) - 1)))
+            lanes.settle(done, answered=True, waiting=data.draw(st.integers(0, 40)))
+            idle = 0
+        else:
+            idle += lane == idle
+    for number, sizes in enumerate(units):
+        assert sorted(taken[number]) == list(range(sum(map(sum, sizes))))
+
+
+def test_a_group_stays_in_one_lane_in_order() -> None:
+    lanes = Lanes(2, 8, 4)
+    lanes.add(0, groups_of([[4, 4, 4], [4, 4, 4]]))
+    taken = [[ticket.rows[0] for _ in range(3) if (ticket := lanes.take(lane))] for lane in (0, 1)]
+    assert taken == [[0, 4, 8], [12, 16, 20]]
+
+
+def test_the_window_bounds_what_is_in_flight_and_follows_the_engines_queue() -> None:
+    lanes = Lanes(1, 2, 4)
+    lanes.add(0, groups_of([[4] * 100]))
+    first, second = lanes.take(0), lanes.take(0)
+    assert first
+    assert second
+    assert lanes.take(0) is None
+    lanes.settle(first, answered=True, waiting=0)
+    lanes.settle(first, answered=True, waiting=0)
+    more = [lanes.take(0), lanes.take(0)]
+    assert all(more), "nothing waited in the engine: three may fly"
+    assert lanes.take(0) is None
+    lanes.settle(second, answered=True, waiting=100)
+    assert lanes.take(0) is None, "much waited: two are enough"
+
+
+def test_what_waits_of_a_dropped_unit_is_forgotten() -> None:
+    lanes = Lanes(2, 1, 4)
+    lanes.add(0, groups_of([[4, 4, 4]]))
+    assert lanes.take(0)
+    assert lanes.drop(0) == 8
+    assert lanes.take(1) is None
+
+
+@pytest.mark.parametrize("speeds", [[1, 1, 1, 1, 2, 2, 4, 4], [3, 5, 7, 8, 10, 11, 12, 13], [10] * 8])
+def test_replicas_of_unequal_speed_end_together(speeds: list[int]) -> None:
+    """A fluid model: a replica answers its micro-batches in turn, ``speed`` rows a second; the clock is the model's."""
+    now = 0.0
+    lanes = Lanes(len(speeds), 4, 64, clock=lambda: now)
+    rows = sum(speeds) * 1_000
+    lanes.add(0, groups_of([[64] * (rows // 64)]))
+    free, ends = [0.0] * len(speeds), [0.0] * len(speeds)
+    flying: list[tuple[float, int, Ticket]] = []
+    order = itertools.count()
+    while True:
+        while found := [t for lane in range(len(speeds)) if (t := lanes.take(lane))]:
+            for ticket in found:
+                free[ticket.lane] = max(free[ticket.lane], now) + len(ticket.rows) / speeds[ticket.lane]
+                heapq.heappush(flying, (free[ticket.lane], next(order), ticket))
+        if not flying:
+            break
+        now, _, ticket = heapq.heappop(flying)
+        ends[ticket.lane] = now
+        waiting = sum(len(t.rows) for _, _, t in flying if t.lane == ticket.lane)
+        lanes.settle(ticket, answered=True, waiting=max(0, waiting - 64))
+    assert max(ends) - min(ends) <= 0.02 * max(ends)
+    assert max(ends) <= 1.02 * rows / sum(speeds)
