@@ -57,9 +57,8 @@ def test_a_killed_process_is_replaced_and_the_output_is_the_same(
     with running(tmp_path / "log", *options, "--replicas", 2, "--feeders", 2) as run:
         run.until(progressed(tmp_path / "out"))
         for _ in range(2):
-            run.until(lambda: run.processes(kind))
             time.sleep(draw.uniform(0, 2))
-            assert run.kill(kind, draw)
+            run.until(lambda: run.kill(kind, draw))
         manifest = run.manifest()
     assert (manifest["rows"], manifest["errors"]) == (COUNT, 0)
     assert contents(tmp_path / "out") == undisturbed
