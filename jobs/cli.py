@@ -273,6 +273,59 @@ def explain(
         Console().print(told.render(), **EXACTLY)
 
 
+@app.command(epilog="Example: spanfill plan --input pairs.parquet --model codegen25-7b-multi --gpu H100 --price 2.5")
+def plan(
+    input: Annotated[str, typer.Option(help="Parquet file, folder, glob or URI.")],  # noqa: A002
+    model: ModelName = "demo-codegen25",
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    format: FormatName = None,  # noqa: A002
+    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most [default: 128].")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
+    prefix_align: Annotated[int | None, typer.Option(help="As for run.")] = None,
+    suffix_share: Annotated[float | None, typer.Option(help="As for run.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME; repeatable.")] = None,
+    rows_per_part: Annotated[int | None, typer.Option(help="As for run: rows that are ordered together.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
+    sample: Annotated[int, typer.Option(help="Rows to read.", min=1)] = 2_000,
+    output_tokens: Annotated[float | None, typer.Option(help="Mean of a row [default: max_tokens].")] = None,
+    like: Annotated[str | None, typer.Option(help="A finished job whose mean output tokens to expect.")] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="H100, H200, A100 or L40S; repeatable [default: all].")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="bf16 or fp8; repeatable [default: both].")] = None,
+    price: Annotated[list[str] | None, typer.Option(help="Dollars a GPU-hour, or NAME=PRICE; repeatable.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Engines side by side [default: 1].")] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences of one engine at once.", min=1)] = 256,
+    fraction: Annotated[float, typer.Option(help="Of the steady rate; vLLM typically 0.4, 0.75 is excellent.")] = 0.6,
+    calibrate: Annotated[
+        list[str] | None, typer.Option(help="A finished job of this machine and model, to predict it; repeatable.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Tokens, prefix sharing, predicted rows/s, GPU-hours and cost of a job, before it is run. Nothing is started."""
+    from jobs.estimate import Wish, parse_prices, plan_job
+    from jobs.planned import rendered
+    from jobs.spec import parse_spec
+    from serving.gpus import GPUS, PRECISIONS, find_gpu, find_precision
+
+    spec = {"input": input, "output": ".", "model": model} | _present(
+        revision=revision, format=format, max_tokens=max_tokens, max_model_len=max_model_len,
+        prefix_align=prefix_align, suffix_share=suffix_share, columns=pairs_of(column, "--column"),
+        rows_per_part=rows_per_part, limit=limit, replicas=replicas, tensor_parallel_size=tensor_parallel_size,
+    )  # fmt: skip
+    gpus = list(dict.fromkeys(map(find_gpu, gpu or GPUS)))
+    precisions = list(dict.fromkeys(map(find_precision, precision or PRECISIONS)))
+    prices = parse_prices(price or [], gpus)
+    wish = Wish(gpus, precisions, prices, fraction, max_num_seqs, sample, output_tokens, like, calibrate or [])
+    planned = plan_job(parse_spec(spec), wish)
+    if json_:
+        print(json.dumps(planned.as_dict()))
+        return
+    for piece in rendered(planned):
+        Console().print(
+            escape(piece) if isinstance(piece, str) else piece, highlight=False, soft_wrap=isinstance(piece, str)
+        )
+
+
 @app.command(epilog="Example: spanfill show out --row 3")
 def show(
     output: Annotated[str, typer.Argument(help="A job's output folder.")],

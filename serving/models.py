@@ -10,6 +10,7 @@ from typing import Any
 
 from serving.config import EngineConfig, EngineKind, RooflineConfig
 from serving.errors import ModelError
+from serving.shapes import ModelShape, read_shape, shape_of
 
 CITATION = (
     "Nijkamp, Hayashi, Xiong, Savarese, Zhou: CodeGen2: Lessons for Training LLMs on Programming and Natural "
@@ -18,6 +19,12 @@ CITATION = (
 STARCODER_SEARCH = "https://huggingface.co/spaces/bigcode/starcoder-search"
 KV_BYTES_PER_TOKEN = 2 * 32 * 4_096 * 2
 """CodeGen2.5-7B in bf16: keys and values, 32 layers, hidden 4096, 2 bytes."""
+
+CODEGEN25_7B = shape_of(
+    {"hidden_size": 4_096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11_008}
+    | {"vocab_size": 51_200},
+    name="CodeGen2.5-7B",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Model:
     citation: str | None = None
     download_bytes: int | None = None
     memory_bytes: int | None = None
+    shape: ModelShape | None = None
 
     def engine_config(
         self,
@@ -85,6 +93,7 @@ def _codegen25(variant: str, data: str, *, licence: str = "Apache-2.0", notice: 
         citation=CITATION,
         download_bytes=27_600_000_000,
         memory_bytes=13_800_000_000,
+        shape=CODEGEN25_7B,
     )
 
 
@@ -184,7 +193,7 @@ def guess_format(name: str, config: dict[str, Any]) -> str:
 
 def download_notice(model: Model) -> str | None:
     """What a download will take, or None when nothing is known or the files are in the hub's cache already."""
-    if not model.hub_id or not model.download_bytes or not model.memory_bytes or _cached(model):
+    if not model.hub_id or not model.download_bytes or not model.memory_bytes or _cached_config(model):
         return None
     per_token = KV_BYTES_PER_TOKEN / 2**10
     return (
@@ -194,11 +203,27 @@ def download_notice(model: Model) -> str | None:
     )
 
 
-def _cached(model: Model) -> bool:
+def _cached_config(model: Model) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(str(model.hub_id), "config.json", revision=model.revision)
-    return isinstance(found, str)
+    return Path(found) if isinstance(found, str) else None
+
+
+def model_shape(model: Model) -> ModelShape:
+    """What a model weighs: as known, else by the ``config.json`` of its folder or of the hub's cache.
+
+    Nothing is fetched. Raises ``ModelError`` where there is none, or none that tells.
+    """
+    if model.shape is not None:
+        return model.shape
+    config = model.path / "config.json" if model.path else _cached_config(model)
+    if config is None:
+        raise ModelError(
+            f"{model.name}: its size is not known before its config.json is in the hub's cache.",
+            remedy=f"Fetch it: hf download {model.hub_id} config.json",
+        )
+    return read_shape(config, name=model.name)
 
 
 def describe(model: Model) -> dict[str, str]:

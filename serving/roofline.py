@@ -7,7 +7,7 @@ or by reading the weights, whichever is longer, and attention by reading the KV 
 from serving.config import RooflineConfig
 
 
-def step_seconds(roofline: RooflineConfig, *, tokens: int, kv_tokens_read: int) -> float:
+def step_seconds(roofline: RooflineConfig, *, tokens: float, kv_tokens_read: float) -> float:
     """Seconds of one step that computes ``tokens`` tokens and reads ``kv_tokens_read`` tokens of KV cache."""
     compute = 2 * roofline.parameters * tokens / roofline.flops_per_second
     weights = roofline.weight_bytes / roofline.bytes_per_second
@@ -15,8 +15,13 @@ def step_seconds(roofline: RooflineConfig, *, tokens: int, kv_tokens_read: int) 
     return (max(compute, weights) + attention) / roofline.efficiency + roofline.step_overhead_seconds
 
 
-def bound_rows_per_second(roofline: RooflineConfig, *, prompt_tokens: float, output_tokens: float) -> float:
-    """The most rows a second that one GPU can do, weights amortised: 1 / (FLOPs / peak + KV bytes / bandwidth)."""
-    flops = 2 * roofline.parameters * (prompt_tokens + output_tokens)
+def bound_rows_per_second(
+    roofline: RooflineConfig, *, prompt_tokens: float, output_tokens: float, cached_share: float = 0.0
+) -> float:
+    """The most rows a second that one replica can do, weights amortised: 1 / (FLOPs / peak + KV bytes / bandwidth).
+
+    ``cached_share`` of the prompt tokens are in the prefix cache: they cost no FLOPs, but decoding reads them like all.
+    """
+    flops = 2 * roofline.parameters * (prompt_tokens * (1 - cached_share) + output_tokens)
     kv_bytes = output_tokens * (prompt_tokens + output_tokens / 2) * roofline.kv_bytes_per_token
     return 1 / (flops / roofline.flops_per_second + kv_bytes / roofline.bytes_per_second)

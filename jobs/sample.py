@@ -1,0 +1,145 @@
+"""A sample of a job's input, made into prompts as ``run`` makes them: what the rows weigh, without an engine."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from jobs.plan import Unit, plan_units
+from jobs.reader import InputSet, UnitReader, check_columns, find_input
+from jobs.rows import row_prompts
+from jobs.sharing import ideal_cached_share
+from jobs.spec import ROLES, JobSpec
+from serving.errors import InputError
+from serving.formats import Format, Prompt, load_format
+from serving.models import resolve_model
+
+STRETCH_ROWS = 250
+BLOCK_SIZE, CPU_BLOCK_SIZE = 16, 128
+"""Tokens of a block of vLLM's KV cache on a GPU, and in its build for CPUs."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a sample tells of an input: lengths in tokens, shares from 0 to 1.
+
+    ``cached_share`` is the ideal one at ``block_size`` when only rows of one unit share (a job orders rows inside its
+    units), ``cached_share_cpu`` the same at the block size of vLLM's CPU build, ``cached_share_all`` when all sampled
+    rows share. ``rows`` are those of the input, from its footers.
+    """
+
+    rows: int
+    sampled_rows: int
+    stretches: int
+    prompt_tokens_mean: float
+    prompt_tokens_p50: int
+    prompt_tokens_p90: int
+    prompt_tokens_p99: int
+    prompt_tokens_max: int
+    truncated_share: float
+    error_share: float
+    block_size: int
+    cached_share: float
+    cached_share_cpu: float
+    cached_share_all: float
+
+    @property
+    def engine_rows(self) -> float:
+        """Rows that reach an engine: bad input does not."""
+        return self.rows * (1 - self.error_share)
+
+
+def stretches(units: Iterable[Unit], *, sample: int) -> list[Unit]:
+    """Some ``sample`` rows of the units: whole stretches of ``STRETCH_ROWS`` consecutive rows, evenly spread.
+
+    A stretch that crosses the end of a unit is cut there. All rows when there are no more than ``sample``.
+    """
+    units = list(units)
+    rows = sum(unit.rows for unit in units)
+    if rows <= sample:
+        return [unit for unit in units if unit.rows]
+    count = max(1, sample // STRETCH_ROWS)
+    length = sample // count
+    starts = [(2 * i + 1) * rows // (2 * count) - length // 2 for i in range(count)]
+    return list(_pieces(units, [(max(0, start), max(0, start) + length) for start in starts]))
+
+
+def _pieces(units: Sequence[Unit], ranges: Sequence[tuple[int, int]]) -> Iterator[Unit]:
+    """Ranges of rows, counted over all units, as parts of units; both ascend."""
+    at = number = 0
+    for unit in units:
+        end = at + unit.rows
+        while number < len(ranges) and ranges[number][0] < end:
+            start, stop = ranges[number]
+            first, last = max(start, at), min(stop, end)
+            if first < last:
+                yield replace(unit, start=unit.start + first - at, stop=unit.start + last - at)
+            if stop > end:
+                break
+            number += 1
+        at = end
+
+
+def read_sample(spec: JobSpec, *, sample: int) -> Sample:
+    """Read some ``sample`` rows of a job's input; nothing is started, fetched or written.
+
+    Raises a ``UsageError`` for what ``run`` refuses as well (model, format, budget, input, columns), and
+    ``InputError`` when no sampled row has a prompt.
+    """
+    model = resolve_model(spec.model, format=spec.format, revision=spec.revision)
+    context = spec.max_model_len or model.context
+    fmt = load_format(model.format, tokenizer_of=spec.model)
+    fmt.check_budget(spec.max_tokens, context)
+    inputs = find_input(spec.input, patience=spec.store_patience)
+    if spec.column("suffix") in inputs.schema.names:
+        fmt.check_infill()
+    named = [role for role in ROLES if spec.columns.get(role)]
+    check_columns(inputs.schema, roles={r: spec.column(r) for r in ROLES}, named=named, kept=[], added=[])
+    units = plan_units(inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
+    taken = stretches(units, sample=sample)
+    return _measure(spec, inputs, taken, [_prompts(spec, fmt, context, inputs, unit) for unit in taken])
+
+
+def _prompts(spec: JobSpec, fmt: Format, context: int, inputs: InputSet, unit: Unit) -> list[Prompt]:
+    columns = [name for name in map(spec.column, ROLES) if name in inputs.schema.names]
+    batches = UnitReader(inputs.root, columns).read(inputs.files[unit.file], unit)
+    made = (prompt for batch in batches for _, prompt in row_prompts(spec, fmt, context, batch))
+    return [prompt for prompt in made if isinstance(prompt, Prompt)]
+
+
+def _measure(spec: JobSpec, inputs: InputSet, taken: Sequence[Unit], prompts: Sequence[Sequence[Prompt]]) -> Sample:
+    by_unit: dict[int, list[Sequence[int]]] = {}
+    for unit, made in zip(taken, prompts, strict=True):
+        by_unit.setdefault(unit.index, []).extend(prompt.token_ids for prompt in made)
+    ids = [token_ids for group in by_unit.values() for token_ids in group]
+    if not ids:
+        raise InputError(
+            f"{inputs.root}: no sampled row has a prompt.", remedy="Check the input with spanfill explain."
+        )
+    lengths = sorted(map(len, ids))
+    tokens, sampled = sum(lengths), sum(unit.rows for unit in taken)
+    return Sample(
+        rows=min(inputs.rows, spec.limit or inputs.rows),
+        sampled_rows=sampled,
+        stretches=len(taken),
+        prompt_tokens_mean=tokens / len(lengths),
+        prompt_tokens_p50=_percentile(lengths, 50),
+        prompt_tokens_p90=_percentile(lengths, 90),
+        prompt_tokens_p99=_percentile(lengths, 99),
+        prompt_tokens_max=lengths[-1],
+        truncated_share=sum(prompt.truncated for made in prompts for prompt in made) / len(lengths),
+        error_share=1 - len(lengths) / sampled,
+        block_size=BLOCK_SIZE,
+        cached_share=_share_inside(by_unit.values(), BLOCK_SIZE),
+        cached_share_cpu=_share_inside(by_unit.values(), CPU_BLOCK_SIZE),
+        cached_share_all=ideal_cached_share(ids, BLOCK_SIZE),
+    )
+
+
+def _share_inside(groups: Collection[Sequence[Sequence[int]]], block_size: int) -> float:
+    """The ideal share when prompts share inside their group alone."""
+    tokens = [sum(map(len, group)) for group in groups]
+    shared = sum(ideal_cached_share(g, block_size) * count for g, count in zip(groups, tokens, strict=True))
+    return shared / sum(tokens)
+
+
+def _percentile(ordered: Sequence[int], percent: int) -> int:
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]

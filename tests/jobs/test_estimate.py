@@ -1,0 +1,201 @@
+"""A plan: what a sample tells of an input, what the lines say, and what a user is told when something is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.calibration import Calibration, Observed, calibrate
+from jobs.estimate import Wish, plan_job
+from jobs.plan import Unit
+from jobs.sample import stretches
+from jobs.sharing import ideal_cached_share
+from jobs.spec import JobSpec
+from serving.errors import ConfigError
+from serving.gpus import GPUS
+from serving.models import CODEGEN25_7B
+from tests.conftest import Command, WriteRows
+from tests.jobs.conftest import JobFolder
+
+USAGE = 2
+KEYS = {
+    *("model", "parameters", "rows", "sampled_rows", "stretches", "prompt_tokens_mean", "prompt_tokens_p50"),
+    *("prompt_tokens_p90", "prompt_tokens_p99", "prompt_tokens_max", "truncated_share", "error_share", "block_size"),
+    *("cached_share", "cached_share_cpu", "cached_share_all", "output_tokens", "output_tokens_from", "fraction"),
+    *("replicas", "tensor_parallel_size", "gpus", "calibration", "calibrated"),
+}
+LINE_KEYS = {
+    *("gpu", "precision", "fits", "why", "batch", "bound_rows_per_second", "steady_rows_per_second"),
+    *("predicted_rows_per_second", "hours", "gpu_hours", "cost"),
+}
+
+
+@pytest.fixture
+def rows(write_rows: WriteRows) -> Path:
+    """Forty rows of two files: neighbours share a beginning."""
+    return write_rows(
+        prefix=[f"{'alpha beta gamma ' * 20}{i // 20} {'delta ' * 30}{i}" for i in range(40)], suffix=["\nend"] * 40
+    )
+
+
+@pytest.fixture
+def plan(spanfill: Command, rows: Path) -> Callable[..., Any]:
+    """``spanfill plan`` of the forty rows."""
+    return lambda *options: spanfill("plan", "--input", rows, *options)
+
+
+def test_the_json_has_its_keys(plan: Callable[..., Any]) -> None:
+    done = plan("--json", "--model", "codegen25-7b-multi", "--price", "2", "--price", "h200=3", "--replicas", 4)
+    told = json.loads(done.stdout)
+    assert (done.code, set(told)) == (0, KEYS)
+    assert {(line["gpu"], line["precision"]) for line in told["gpus"]} == {
+        (g, p) for g in GPUS for p in ("bf16", "fp8")
+    }
+    for line in told["gpus"]:
+        assert set(line) == LINE_KEYS
+        assert line["fits"]
+        assert line["predicted_rows_per_second"] == pytest.approx(0.6 * line["steady_rows_per_second"])
+        assert line["hours"] == pytest.approx(40 / (4 * line["predicted_rows_per_second"]) / 3600)
+        assert line["gpu_hours"] == pytest.approx(4 * line["hours"])
+        assert line["cost"] == pytest.approx(line["gpu_hours"] * (3 if line["gpu"] == "H200" else 2))
+    assert (told["rows"], told["sampled_rows"], told["error_share"], told["calibrated"]) == (40, 40, 0, None)
+    assert told["cached_share_all"] == told["cached_share"] > 0.5 > told["truncated_share"]
+
+
+def test_the_table_names_every_gpu_and_what_it_rests_on(plan: Callable[..., Any]) -> None:
+    told = plan("--sample", 10, "--gpu", "H100", "--gpu", "L40S", "--precision", "bf16")
+    assert told.code == 0
+    for words in ("H100", "L40S", "10 of them sampled", "Williams", "under-estimates sharing", "the worst case"):
+        assert words in told.stdout, told.stdout
+    assert "H200" not in told.stdout
+    assert "fp8" not in told.stdout
+
+
+def test_a_model_that_does_not_fit_is_a_line_that_says_why(rows: Path) -> None:
+    spec = JobSpec(input=str(rows), output=".", model="codegen25-7b-multi", max_model_len=100_000)
+    lines = plan_job(spec, Wish()).lines
+    (small,) = [line for line in lines if not line.fits]
+    assert (small.gpu, small.precision, small.hours) == ("L40S", "bf16", None)
+    assert "a context is 100,000" in small.why
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu", "H10"], "GPU H10 is unknown. Did you mean H100? Known: H100, H200, A100, L40S"),
+        (["--precision", "int4"], "precision int4 is unknown. Known: bf16, fp8"),
+        (["--price", "cheap"], "--price cheap is no price. Write dollars a GPU-hour"),
+        (["--price", "H100=-1"], "--price -1 is no price"),
+        (["--price", "nan"], "--price nan is no price"),
+        (["--price", "TPU=2"], "GPU TPU is unknown"),
+        (["--price", "1", "--price", "2"], "--price is given twice"),
+        (["--fraction", "0"], "--fraction 0 is no share"),
+        (["--fraction", "nan"], "--fraction nan is no share"),
+        (["--output-tokens", "500"], "--output-tokens 500 is not from 1 to --max-tokens 128"),
+        (["--output-tokens", "5", "--like", "x"], "exclude each other"),
+        (["--like", "nowhere"], "nowhere is no finished job"),
+        (["--calibrate", "nowhere"], "nowhere is no job's folder"),
+        (["--replicas", "0"], "replicas = 0"),
+        (["--model", "nonsense"], "nonsense is no known model"),
+        (["--column", "prefix=text"], "column text is missing"),
+        (["--max-tokens", "5000"], "max_tokens = 5000 leaves no room"),
+    ],
+)
+def test_a_wrong_option_is_named(plan: Callable[..., Any], options: list[str], words: str) -> None:
+    done = plan(*options)
+    assert (done.code, words in done.stderr) == (USAGE, True), done.stderr
+
+
+def test_a_missing_or_empty_input_is_named(spanfill: Command, write_rows: WriteRows, tmp_path: Path) -> None:
+    done = spanfill("plan", "--input", tmp_path / "none.parquet")
+    assert (done.code, "none.parquet does not exist" in done.stderr) == (USAGE, True)
+    done = spanfill("plan", "--input", write_rows(prefix=["", ""][:0] or [None]))
+    assert done.code == USAGE, done.stderr
+
+
+def test_error_rows_reach_no_engine(spanfill: Command, write_rows: WriteRows) -> None:
+    source = write_rows(prefix=["a", None, "b", "c"])
+    told = json.loads(spanfill("plan", "--json", "--input", source, "--gpu", "H100", "--precision", "bf16").stdout)
+    line = told["gpus"][0]
+    assert (told["rows"], told["error_share"]) == (4, 0.25)
+    assert line["hours"] == pytest.approx(3 / line["predicted_rows_per_second"] / 3600)
+
+
+def test_stretches_are_spread_evenly_and_cut_at_units() -> None:
+    units = [Unit(i, i // 4, (i % 4) * 100, (i % 4) * 100 + 100) for i in range(40)]
+    taken = stretches(units, sample=1_000)
+    assert sum(unit.rows for unit in taken) == 1_000
+    assert {unit.file for unit in taken} >= {0, 3, 6, 8}
+    for piece in taken:
+        unit = units[piece.index]
+        assert (unit.file, unit.start <= piece.start < piece.stop <= unit.stop) == (piece.file, True)
+    assert stretches(units, sample=4_000) == units
+    assert sum(unit.rows for unit in stretches(units, sample=7)) == 7
+
+
+def test_the_ideal_share_counts_whole_blocks_and_never_the_last_token() -> None:
+    prompt = list(range(64))
+    assert ideal_cached_share([prompt, prompt], 16) == 48 / 128
+    assert ideal_cached_share([prompt, [*prompt, 1]], 16) == 64 / 129
+    assert ideal_cached_share([prompt, [*prompt[:31], 0, *prompt[32:]]], 16) == 16 / 128
+    assert ideal_cached_share([prompt, prompt], 128) == ideal_cached_share([], 16) == ideal_cached_share([[]], 16) == 0
+
+
+def observed(name: str, computed: float, output: float, seconds: float, **manifest: Any) -> Observed:
+    told = {"model": "m", "engine": "vllm", "versions": {"torch": "2.13.0+cpu"}} | manifest
+    return Observed(name, computed, computed, output, seconds, 1, told, {})
+
+
+def test_two_jobs_tell_both_costs_and_more_are_averaged() -> None:
+    shapes = [(900, 8), (100, 96), (500, 32)]
+    jobs = [observed(str(c), c, o, 2e-4 * c + 3e-3 * o) for c, o in shapes]
+    for chosen in (jobs[:2], jobs):
+        fitted = calibrate(chosen, CODEGEN25_7B)
+        assert fitted.prompt_seconds == pytest.approx(2e-4)
+        assert fitted.output_seconds == pytest.approx(3e-3)
+        assert (fitted.ratio_assumed, fitted.on_cpu) == (False, True)
+    assert fitted.rows_per_second(computed_tokens=500, output_tokens=0, replicas=2) == pytest.approx(20)
+
+
+def test_a_cost_is_never_negative() -> None:
+    fitted = calibrate([observed("a", 100, 10, 1.0), observed("b", 900, 10, 0.9)], CODEGEN25_7B)
+    assert fitted.prompt_seconds == 0
+    assert fitted.output_seconds == pytest.approx(0.095, rel=0.01)
+
+
+def test_one_job_tells_the_scale_and_foretells_itself() -> None:
+    for jobs in ([observed("a", 400, 32, 0.25)], [observed("a", 400, 32, 0.25), observed("b", 400, 32, 0.25)]):
+        fitted = calibrate(jobs, CODEGEN25_7B)
+        assert fitted.ratio_assumed
+        assert fitted.output_seconds > fitted.prompt_seconds > 0
+        assert fitted.rows_per_second(computed_tokens=400, output_tokens=32) == pytest.approx(4)
+
+
+def test_jobs_of_two_models_do_not_calibrate_together() -> None:
+    with pytest.raises(ConfigError, match="b and a differ in their model"):
+        calibrate([observed("a", 1, 1, 1), observed("b", 1, 1, 1, model="n")], CODEGEN25_7B)
+
+
+def test_a_finished_job_gives_its_output_tokens_and_its_machine(
+    clean: JobFolder, spanfill: Command, checkpoint: Path
+) -> None:
+    options = ("plan", "--json", "--input", clean.input, "--model", checkpoint)
+    told = json.loads(spanfill(*options, "--like", clean.output).stdout)
+    manifest = json.loads(clean.state("manifest.json").read_text())
+    assert told["output_tokens"] == pytest.approx(manifest["completion_tokens"] / manifest["rows"])
+    assert told["output_tokens_from"] == str(clean.output)
+    done = spanfill(*options, "--calibrate", clean.output)
+    assert (done.code, "tells no speed of an engine" in done.stderr) == (USAGE, True), done.stderr
+
+    clean.edit(clean.state("manifest.json"), lambda values: values.update(engine="vllm", rows_per_second=50.0))
+    done = spanfill("plan", "--input", clean.input, "--calibrate", clean.output)
+    assert (done.code, f"not {'demo-codegen25'}" in done.stderr) == (USAGE, True), done.stderr
+    told = json.loads(spanfill(*options, "--like", clean.output, "--calibrate", clean.output).stdout)
+    assert told["calibrated"]["gpu"] == str(clean.output)
+    assert told["calibrated"]["predicted_rows_per_second"] == pytest.approx(50, rel=0.05)
+    assert isinstance(Calibration(**told["calibration"]), Calibration)
+    clean.interrupt(0)
+    done = spanfill(*options, "--calibrate", clean.output)
+    assert (done.code, "is a job that is not finished" in done.stderr) == (USAGE, True), done.stderr
