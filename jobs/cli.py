@@ -104,7 +104,9 @@ def run(
         int | None, typer.Option(help="Start a cut prefix at a multiple of this many tokens.")
     ] = None,
     suffix_share: Annotated[float | None, typer.Option(help="Share of the context for the suffix.")] = None,
-    order: Annotated[str | None, typer.Option(help="prefix (shared prompts are neighbours) or input.")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="prefix (within a part), global (all rows, by a sorted copy) or input.")
+    ] = None,
     column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME for prefix, suffix or id; repeatable.")] = None,
     with_: Annotated[str | None, typer.Option("--with", help="mean_logprob,token_ids,source_file,source_row")] = None,
     keep_columns: Annotated[str | None, typer.Option(help="Input columns to keep, by comma [default: all].")] = None,

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from jobs.ledger import FORMAT_VERSION, STATE, read_job
 from jobs.preflight import versions
-from jobs.reader import ERROR_COLUMNS, OUTPUT_COLUMNS, InputSet, check_columns, find_input
+from jobs.reader import ERROR_COLUMNS, ORIGIN_FILE, ORIGIN_ROW, OUTPUT_COLUMNS, InputSet, check_columns, find_input
 from jobs.spec import ROLES, JobSpec, fingerprint
 from jobs.store import Location, exists, is_file, locate
 from jobs.unit import FeederConfig
@@ -101,9 +101,10 @@ def refuse_nested_output(job: Job) -> None:
 def feeder_config(job: Job, *, beginning: str = "", lease: int = 0) -> FeederConfig:
     """What the job's feeders are told; ``beginning`` is the ledger's, ``lease`` the number of the lease."""
     spec = job.spec
-    kept = [n for n in job.inputs.schema.names if spec.keep_columns is None or n in spec.keep_columns]
+    own = [name for name in job.inputs.schema.names if name not in (ORIGIN_FILE, ORIGIN_ROW)]
+    kept = [name for name in own if spec.keep_columns is None or name in spec.keep_columns]
     roles = [spec.column(role) for role in ROLES]
-    columns = [name for name in job.inputs.schema.names if name in kept or name in roles]
+    columns = [name for name in job.inputs.schema.names if name in [*kept, *roles, ORIGIN_FILE, ORIGIN_ROW]]
     schema = job.inputs.schema.remove_metadata()
     return FeederConfig(
         spec=spec,

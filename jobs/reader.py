@@ -30,6 +30,9 @@ OUTPUT_COLUMNS = [
     "truncated",
     "sample",
 ]
+ORIGIN_FILE, ORIGIN_ROW = "__spanfill_file", "__spanfill_row"
+"""Columns of a gathered copy that tell where in the input each of its rows was."""
+
 ERROR_COLUMNS = ["source_file", "source_row", "error_code", "error_message", "attempts"]
 
 
@@ -330,6 +333,13 @@ class UnitReader:
             self._at += keep
             if skip < keep:
                 yield batch.slice(skip, keep - skip)
+
+
+def origins(batch: pa.RecordBatch, file: InputFile, first: int) -> tuple[list[str], list[int]]:
+    """The input file and the row number of each row of a batch that begins at row ``first`` of ``file``."""
+    if ORIGIN_FILE in batch.schema.names:
+        return batch.column(ORIGIN_FILE).to_pylist(), batch.column(ORIGIN_ROW).to_pylist()
+    return [file.name] * batch.num_rows, list(range(first, first + batch.num_rows))
 
 
 def texts(column: pa.Array) -> list[str | UnicodeDecodeError | None]:

@@ -27,7 +27,7 @@ class PromptFacts:
     truncated: bool
 
 
-def row_seeds(spec: JobSpec, identity: str, row: int) -> tuple[int, ...]:
+def row_seeds(spec: JobSpec, identity: str) -> tuple[int, ...]:
     """One 63-bit seed a sample: a hash of the job's seed, the row's id (else its file and number) and the sample."""
     if spec.temperature == 0:
         return (0,)
@@ -106,7 +106,7 @@ def output_columns(
     facts: Sequence[PromptFacts],
     pairs: Sequence[tuple[str, str | None]],
     samples: Sequence[Sample],
-    source_file: str,
+    sources: Sequence[tuple[str, int]],
     tally: Tally,
 ) -> dict[str, Any]:
     """The added columns, one value a sample, and their sums in ``tally``; all sequences run in parallel."""
@@ -131,8 +131,8 @@ def output_columns(
     extra = {
         "mean_logprob": lambda: pa.array([s.mean_logprob for s in samples], pa.float32()),
         "token_ids": lambda: pa.array([s.token_ids for s in samples], pa.list_(pa.int32())),
-        "source_file": lambda: pa.array([source_file] * len(samples), pa.string()),
-        "source_row": lambda: pa.array([s.row for s in samples], pa.int64()),
+        "source_file": lambda: pa.array([name for name, _ in sources], pa.string()),
+        "source_row": lambda: pa.array([row for _, row in sources], pa.int64()),
     }
     return columns | {name: extra[name]() for name in spec.extra_columns}
 

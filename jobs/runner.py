@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.crew import Crew
 from jobs.feeder import Route
+from jobs.gather import gather, inputs_of
 from jobs.job import Job, begun_spec, feeder_config, prepare_job, provenance, refuse_nested_output
 from jobs.lease import Lease
 from jobs.ledger import Ledger, read_manifest
@@ -18,11 +19,13 @@ from jobs.recheck import Recheck, check_inputs
 from jobs.retry import plan_retries, settle_retries
 from jobs.signals import Signals, interruptible
 from jobs.spec import JobSpec, stored_spec
+from jobs.store import locate
 from jobs.tally import Tally
 from serving import fleet
 from serving.app import DEPLOYMENT
 from serving.config import ReplicaConfig
 from serving.errors import DamagedStateError, TooManyErrorsError
+from serving.formats import load_format
 
 ROWS_AHEAD = 2
 """Rows in flight for each place in an engine's batch, so that a finished row's successor already waits there."""
@@ -106,7 +109,7 @@ def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
 
 def _run(job: Job, ledger: Ledger, lease: Lease, signals: Signals, watcher: Watcher) -> dict[str, Any]:
     started = time.monotonic()
-    units, begun = _plan(job, ledger, watcher)
+    job, units, begun = _plan(job, ledger, watcher)
     done = ledger.done()
     earlier = [unit for unit in units if unit.index in done]
     left = deque(unit for unit in units if unit.index not in done)
@@ -147,12 +150,16 @@ def _rows_done(ledger: Ledger, earlier: Sequence[Unit], left: Iterable[Unit]) ->
     return sum(unit.rows for unit in earlier if unit.retries < 0) - again
 
 
-def _plan(job: Job, ledger: Ledger, watcher: Watcher) -> tuple[list[Unit], bool]:
-    """Take the folder for the job and give its units, and whether they are those of a begun job."""
+def _plan(job: Job, ledger: Ledger, watcher: Watcher) -> tuple[Job, list[Unit], bool]:
+    """Take the folder for the job and give the job with the rows that its units count, and whether it had begun."""
     spec = job.spec
     with writing_is_possible():
         begun = ledger.open(job.identity, stored_spec(spec), versions(), resume=spec.resume, overwrite=spec.overwrite)
         ledger.probe()
+        if spec.order == "global":
+            watcher.say("gathering rows that share a prompt's beginning")
+            gather(spec, load_format(job.format_name, tokenizer_of=spec.model), job.inputs, job.output)
+            job = replace(job, inputs=replace(inputs_of(spec, job.output), ignored=job.inputs.ignored))
         planned = plan_units(job.inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
         units = ledger.plan(job.inputs.files, planned)
         if spec.retry_errors:
@@ -163,7 +170,7 @@ def _plan(job: Job, ledger: Ledger, watcher: Watcher) -> tuple[list[Unit], bool]
                 watcher.say(f"the job began with {name} {then}, now it is {versions()[name]}: infills may differ")
     if job.inputs.ignored:
         watcher.say(f"not Parquet, left out: {_some(job.inputs.ignored)}")
-    return units, begun is not None
+    return job, units, begun is not None
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
@@ -285,7 +292,7 @@ def _commit(run: _Run, units: list[Unit], seconds: float) -> dict[str, Any]:
         run.watcher.say(f"{stray} is not this job's; it was set aside")
     manifest = {
         **provenance(job),
-        "input": str(job.inputs.root),
+        "input": str(locate(job.spec.input)),
         "input_rows": job.total_rows,
         "rows": total.samples,
         "errors": total.errors,

@@ -50,7 +50,7 @@ class JobSpec(Frozen):
     trim: tuple[str, ...] = ()
     prefix_align: int | None = Field(None, ge=1)
     suffix_share: float | None = Field(None, ge=0, le=1)
-    order: Literal["prefix", "input"] = "prefix"
+    order: Literal["prefix", "input", "global"] = "prefix"
 
     columns: dict[str, str] = Field(default_factory=dict)
     extra_columns: tuple[str, ...] = ()
@@ -92,11 +92,13 @@ class JobSpec(Frozen):
         """What can change an infill or its columns, and nothing else: the ground of the job's fingerprint.
 
         Where the model and the input lie plays no part, nor do engine arguments of speed and memory, nor, when
-        decoding is greedy, the seed.
+        decoding is greedy, the seed. The order does where it decides which rows a part holds.
         """
         names = {"max_tokens", "temperature", "n", "stop", "trim", "columns", "extra_columns", "keep_columns", "limit"}
         if self.temperature > 0:
             names |= {"seed", "top_p"}
+        if self.order == "global":  # Which rows a part holds, and their order.
+            names |= {"order"}
         arguments = {key: value for key, value in engine.engine_args.items() if key not in SPEED_ARGUMENTS}
         return {
             "input": files,

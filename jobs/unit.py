@@ -13,7 +13,7 @@ from jobs.lease import check_lease
 from jobs.ledger import Ledger, Report
 from jobs.order import TOKEN_BYTES, cut, grouped, ideal_cached_tokens, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
-from jobs.reader import UnitReader, check_untouched, texts
+from jobs.reader import UnitReader, check_untouched, origins, texts
 from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, to_samples
 from jobs.spec import ROLES, JobSpec
 from jobs.store import Location, exists, patient
@@ -63,7 +63,7 @@ class UnitWork:
         self._seeds: list[tuple[int, ...]] = []
         self._samples: dict[int, list[Sample]] = {}
         self._journaled: set[int] = set()
-        self._wanted: set[int] | None = None
+        self._wanted: set[tuple[str, int]] | None = None
         self._twins: dict[int, list[int]] = {}
         self._repeated_ids = self._ideal = 0
         self._digest = ""
@@ -101,15 +101,16 @@ class UnitWork:
             remedy="Put the file back and run again to resume, or start anew with --overwrite.",
         )
 
-    def _error_rows(self, unit: int) -> set[int]:
+    def _error_rows(self, unit: int) -> set[tuple[str, int]]:
         failed, retried = self._ledger.errors(unit), self._ledger.retried(unit)
         location = failed if exists(failed) else retried
 
         def read() -> pa.Table:
             with location.fs.open_input_file(location.path) as source:
-                return pq.read_table(source, columns=["source_row"])
+                return pq.read_table(source, columns=["source_file", "source_row"])
 
-        return {row - self.unit.start for row in patient(location, read).column("source_row").to_pylist()}
+        found = patient(location, read)
+        return set(zip(*(found.column(name).to_pylist() for name in ("source_file", "source_row")), strict=True))
 
     def _replay(self) -> set[str]:
         replay = self._journal.replay()
@@ -129,10 +130,12 @@ class UnitWork:
         return replay.digests
 
     def _prepare_batch(self, batch: pa.RecordBatch, seen: set[Any]) -> None:
-        for identity, prompt in row_prompts(self._spec, self._format, self._config.max_model_len, batch):
+        prompts = row_prompts(self._spec, self._format, self._config.max_model_len, batch)
+        sources = zip(*origins(batch, self._file, self.unit.start + len(self._facts)), strict=True)
+        for (identity, prompt), source in zip(prompts, sources, strict=True):
             row = len(self._facts)
-            source = self.unit.start + row
-            if self._wanted is not None and row not in self._wanted:
+            wanted = self._wanted is None or source in self._wanted
+            if not wanted:
                 self._facts.append(None)
                 self._prompts.append(None)
             elif isinstance(prompt, Prompt):
@@ -142,16 +145,18 @@ class UnitWork:
             else:
                 self._facts.append(None)
                 self._prompts.append(None)
-                error = Sample(source, 0, [], error_code=prompt.code, error_message=str(prompt), attempts=0)
+                error = Sample(
+                    self.unit.start + row, 0, [], error_code=prompt.code, error_message=str(prompt), attempts=0
+                )
                 self._samples.setdefault(row, [error])
-            self.live.prepared += self._wanted is None or row in self._wanted
+            self.live.prepared += wanted
             if row in self._samples:
                 self._count(row)
             if isinstance(identity, str | int):
                 self._repeated_ids += identity in seen
                 seen.add(identity)
-            key = str(identity) if isinstance(identity, str | int) else f"{self._file.name}:{source}"
-            self._seeds.append(row_seeds(self._spec, key, source))
+            key = str(identity) if isinstance(identity, str | int) else f"{source[0]}:{source[1]}"
+            self._seeds.append(row_seeds(self._spec, key))
 
     def groups(self, block_size: int) -> list[list[list[int]]]:
         """What an engine must answer: micro-batches of rows, cut where they share least, in groups that share nothing.
@@ -288,6 +293,7 @@ class UnitWork:
         suffix = spec.column("suffix")
         suffixes = texts(batch.column(suffix)) if suffix in batch.schema.names else [None] * batch.num_rows
         rows, samples, facts, pairs = list[int](), list[Sample](), list[PromptFacts](), list[Any]()
+        sources = list(zip(*origins(batch, self._file, self.unit.start + first), strict=True))
         for row in range(batch.num_rows):
             fact, found = self._facts[first + row], self._samples.get(first + row)
             if fact is None or found is None or found[0].error_code is not None:
@@ -297,7 +303,7 @@ class UnitWork:
             samples += found
             facts += [fact] * len(found)
             pairs += [(prefixes[row], suffixes[row])] * len(found)
-        added = output_columns(spec, self._format, facts, pairs, samples, self._file.name, tally)
+        added = output_columns(spec, self._format, facts, pairs, samples, [sources[row] for row in rows], tally)
         return pa.table(passed_through(batch, self._config.kept, rows) | added)
 
     def _error_table(self, batch: pa.RecordBatch, first: int, tally: Tally) -> pa.Table:
@@ -311,7 +317,8 @@ class UnitWork:
             tally.errors += 1
             tally.refused += found[0].attempts == 0
             count(tally.error_codes, found[0].error_code)
-        return pa.table(error_columns(batch, self._config.kept, rows, samples, self._file.name))
+        sources = list(zip(*origins(batch, self._file, self.unit.start + first), strict=True))
+        return pa.table(error_columns(batch, self._config.kept, rows, samples, [sources[row] for row in rows]))
 
 
 def _count_engine(tally: Tally, samples: list[Sample]) -> None:

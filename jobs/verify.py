@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.digest import InputDigest
+from jobs.gather import inputs_of
 from jobs.ledger import Ledger, Report, read_job, read_manifest
 from jobs.plan import InputFile, Unit
-from jobs.reader import UnitReader, find_input
+from jobs.reader import ORIGIN_FILE, ORIGIN_ROW, UnitReader, origins
 from jobs.recheck import sha256
 from jobs.spec import ROLES, JobSpec
 from jobs.store import Location, exists, list_files, locate, patient
@@ -75,7 +76,7 @@ class _Check:
         self._spec = spec
         self._verdict = verdict
         self._then = ledger.inputs()
-        self._inputs = find_input(spec.input)
+        self._inputs = inputs_of(spec, ledger.output)
         self._now = {file.name: file for file in self._inputs.files}
         present = self._inputs.schema.names
         self._roles = [spec.column(role) for role in ROLES if spec.column(role) in present]
@@ -104,19 +105,17 @@ class _Check:
         failed = self._failed(unit.index)
         self._verdict.rows += table.num_rows
         self._verdict.errors += len(failed) if exists(self._ledger.errors(unit.index)) else 0
-        digest, keys = self._input(unit)
+        digest, keys, sources = self._input(unit)
         if digest != report.input:
             yield f"{part.name}: its input's rows are not what they were when it was made"
-        wanted = range(unit.start, unit.stop) if unit.retries < 0 else sorted(self._failed(unit.retries))
-        expected = [row for row in wanted if row not in failed]
+        wanted = set(sources) if unit.retries < 0 else self._failed(unit.retries)
+        expected = [row for row, source in enumerate(sources) if source in wanted and source not in failed]
         samples = list(range(self._spec.n)) * len(expected)
         if table.num_rows != len(samples):
             yield f"{part.name} holds {table.num_rows} rows, not {len(samples)}"
         elif table.column("sample").to_pylist() != samples:
             yield f"{part.name}: its samples are out of order"
-        elif self._key and _values(table, self._key) != [
-            keys[row - unit.start] for row in expected for _ in range(self._spec.n)
-        ]:
+        elif self._key and _values(table, self._key) != [keys[row] for row in expected for _ in range(self._spec.n)]:
             yield f"{part.name}: column {self._key} is not that of input rows {unit.start} to {unit.stop}, in order"
 
     def _changed(self, report: Report) -> Iterator[str]:
@@ -124,20 +123,23 @@ class _Check:
             if (found := sha256(self._ledger.output.join(*name.split("/")))) != told:
                 yield f"{name} is not what was written (sha256)" if found else f"{name} is missing"
 
-    def _failed(self, unit: int) -> set[int]:
-        """Rows of the input file that a unit could not do, whether they were retried or not."""
+    def _failed(self, unit: int) -> set[tuple[str, int]]:
+        """Input files and rows of what a unit could not do, whether it was retried or not."""
         for location in (self._ledger.errors(unit), self._ledger.retried(unit)):
             if exists(location):
-                return set(_read(location, ["source_row"]).column("source_row").to_pylist())
+                found = _read(location, ["source_file", "source_row"])
+                return set(zip(*(column.to_pylist() for column in found.columns), strict=True))
         return set()
 
-    def _input(self, unit: Unit) -> tuple[str, Sequence[Any]]:
-        digest, keys = InputDigest(self._roles), list[Any]()
+    def _input(self, unit: Unit) -> tuple[str, Sequence[Any], list[tuple[str, int]]]:
+        """The digest of a unit's rows, their keys, and where in the input each is."""
+        digest, keys, sources = InputDigest(self._roles), list[Any](), list[tuple[str, int]]()
         for batch in self._rows(unit):
             digest.add(batch)
+            sources += zip(*origins(batch, self._then[unit.file], unit.start + len(sources)), strict=True)
             if self._key:
                 keys += _values(pa.Table.from_batches([batch]), self._key)
-        return digest.hexdigest(), keys
+        return digest.hexdigest(), keys, sources
 
     def _rows(self, unit: Unit) -> Iterator[pa.RecordBatch]:
         if unit.rows == 0:
@@ -147,7 +149,8 @@ class _Check:
         file: InputFile | None = self._now.get(self._then[unit.file].name)
         if file is None:
             raise InputError(f"{self._then[unit.file].name} is gone.", remedy="Put it back to verify its rows.")
-        columns = list(dict.fromkeys([*self._roles, *([self._key] if self._key else [])]))
+        own = [name for name in (ORIGIN_FILE, ORIGIN_ROW) if name in self._inputs.schema.names]
+        columns = list(dict.fromkeys([*self._roles, *([self._key] if self._key else []), *own]))
         return UnitReader(self._inputs.root, columns).read(file, unit)
 
 

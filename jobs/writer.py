@@ -111,7 +111,11 @@ def _storable_field(field: pa.Field) -> pa.Field:
 
 
 def error_columns(
-    batch: pa.RecordBatch, columns: Iterable[str], rows: Sequence[int], samples: Sequence[Sample], source_file: str
+    batch: pa.RecordBatch,
+    columns: Iterable[str],
+    rows: Sequence[int],
+    samples: Sequence[Sample],
+    sources: Sequence[tuple[str, int]],
 ) -> dict[str, Any]:
     """The rows that could not be done, with why; text that is not UTF-8 is shown with replacement characters.
 
@@ -119,8 +123,8 @@ def error_columns(
     """
     found = passed_through(batch, columns, rows)
     return {name: _readable(column) for name, column in found.items()} | {
-        "source_file": pa.array([source_file] * len(samples), pa.string()),
-        "source_row": pa.array([s.row for s in samples], pa.int64()),
+        "source_file": pa.array([name for name, _ in sources], pa.string()),
+        "source_row": pa.array([row for _, row in sources], pa.int64()),
         "error_code": pa.array([s.error_code for s in samples], pa.string()),
         "error_message": pa.array([s.error_message for s in samples], pa.string()),
         "attempts": pa.array([s.attempts for s in samples], pa.int32()),

@@ -218,6 +218,11 @@ class Format:
             )
 
     @property
+    def text_order(self) -> list[str]:
+        """``prefix`` and ``suffix`` in the order in which they stand in a prompt."""
+        return [item.value for item in self.spec.layout if isinstance(item, Part)]
+
+    @property
     def control_count(self) -> int:
         """Control tokens of an infill prompt."""
         return len(self._head) + len(self.spec.control_tokens)

@@ -26,7 +26,9 @@ def spec(**options: object) -> JobSpec:
 def columns(text: str, stop_token_id: int | None = EOM, **options: Any) -> dict[str, list[object]]:
     sample = Sample(5, 0, FORMAT.tokenizer.encode(text), stop_token_id, -0.5)
     facts = PromptFacts(7, 3, 4, False)
-    found = output_columns(spec(**options), FORMAT, [facts], [("x", SUFFIX)], [sample], "a.parquet", Tally())
+    found = output_columns(
+        spec(**options), FORMAT, [facts], [("x", SUFFIX)], [sample], [("a.parquet", sample.row)], Tally()
+    )
     return {name: column.to_pylist() for name, column in found.items()}
 
 
@@ -70,10 +72,10 @@ def test_an_engines_error_is_one_sample_and_logprobs_are_averaged() -> None:
 @given(st.text(max_size=20), st.text(max_size=20), st.integers(0, 2**62), st.integers(1, 5))
 def test_seeds_depend_on_job_id_and_sample_and_on_nothing_else(one: str, other: str, seed: int, n: int) -> None:
     job = spec(temperature=0.5, n=n, seed=seed)
-    seeds = row_seeds(job, one, 1)
+    seeds = row_seeds(job, one)
     assert len(set(seeds)) == n
     assert all(0 <= s < 2**63 for s in seeds)
-    assert seeds == row_seeds(spec(temperature=0.9, n=n, seed=seed, input="elsewhere"), one, 2)
+    assert seeds == row_seeds(spec(temperature=0.9, n=n, seed=seed, input="elsewhere"), one)
     if one != other:
-        assert not set(seeds) & set(row_seeds(job, other, 1))
-    assert not set(seeds) & set(row_seeds(spec(temperature=0.5, n=n, seed=seed + 1), one, 1))
+        assert not set(seeds) & set(row_seeds(job, other))
+    assert not set(seeds) & set(row_seeds(spec(temperature=0.5, n=n, seed=seed + 1), one))

@@ -47,7 +47,9 @@ def test_clean_and_dirty_batches_of_a_dictionary_have_one_schema(tmp_path: Path)
             rows = [0, 1] if numbers else []
             samples = [Sample(row, 0, [], error_code="bad_input", error_message="?") for row in rows]
             batch = pa.record_batch({"prefix": prefix})
-            writer.write(pa.table(error_columns(batch, ["prefix"], rows, samples, "a.parquet")))
+            writer.write(
+                pa.table(error_columns(batch, ["prefix"], rows, samples, [("a.parquet", row) for row in rows]))
+            )
         writer.close()
     found = pq.read_table(table).column("prefix")
     assert (found.type, found.to_pylist()) == (pa.string(), [None, "fine", "fine", "bad \ufffd"])

@@ -1,0 +1,73 @@
+"""Which rows meet in an engine's prefix cache, and that it changes nothing but the speed."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import JobSpec, run_job
+from jobs.verify import verify
+from tests.runs import rows
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("cluster")]
+FILES, SPANS = 12, 20
+
+
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Spans of a dozen files, shuffled over two Parquet files; one row is bad and some repeat."""
+    draw = random.Random(7)
+    texts = ["".join(f"def f{n}_{i}(x):\n    return x + {n * i}\n\n" for i in range(40)) for n in range(FILES)]
+    cuts = [(text, draw.randrange(200, len(text) - 100)) for text in texts for _ in range(SPANS)]
+    pairs: list[tuple[str | None, str]] = [(text[:at], text[at + 9 :]) for text, at in cuts]
+    pairs[17] = (None, "x")
+    pairs += pairs[:5]
+    draw.shuffle(pairs)
+    folder = tmp_path_factory.mktemp("shuffled")
+    for name, part in (("a", pairs[:100]), ("b", pairs[100:])):
+        table = pa.table({"prefix": [p for p, _ in part], "suffix": pa.array([s for _, s in part]).dictionary_encode()})
+        pq.write_table(table, folder / f"{name}.parquet")
+    return folder
+
+
+def run(source: Path, output: Path, **more: Any) -> tuple[dict[str, Any], dict[tuple[str, int], tuple[Any, ...]]]:
+    values = {"input": str(source), "output": str(output), "engine": "simulated", "max_tokens": 24, "rows_per_part": 60}
+    values |= {"engine_args": {"time_scale": 200}, "extra_columns": ["source_file", "source_row"]}
+    manifest = run_job(JobSpec.parse(values | {"replicas": 2, "batch_rows": 8} | more))
+    found = rows(output)
+    return manifest, {(r["source_file"], r["source_row"]): (r["prefix"], r["suffix"], r["infill"]) for r in found}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "n": 1, "seed": 3}], ids=["greedy", "sampled"])
+def test_gathering_all_rows_shares_more_and_changes_no_infill(
+    sampling: dict[str, Any], shuffled: Path, tmp_path: Path
+) -> None:
+    near, infills = run(shuffled, tmp_path / "near", **sampling)
+    far, gathered = run(shuffled, tmp_path / "far", order="global", **sampling)
+    assert gathered == infills
+    assert len(infills) == FILES * SPANS + 4
+    assert far["errors"] == near["errors"] == 1
+    assert far["ideal_hit_share"] > 1.3 * near["ideal_hit_share"]
+    errors = [[(e["source_file"], e["source_row"]) for e in rows(tmp_path / d, "errors")] for d in ("near", "far")]
+    assert errors[0] == errors[1]
+    assert verify(str(tmp_path / "far")).problems == []
+    assert run(shuffled, tmp_path / "far", order="global", **sampling)[0] == far
+    again = run(shuffled, tmp_path / "far", order="global", retry_errors=True, **sampling)[0]
+    assert (again["rows"], again["errors"]) == (far["rows"], 1)
+
+
+def test_rows_with_the_same_prompt_are_generated_once(shuffled: Path, tmp_path: Path) -> None:
+    manifest, infills = run(shuffled, tmp_path / "out", rows_per_part=1_000, order="global")
+    assert manifest["tally"]["twins"] >= 5
+    assert manifest["rows"] == len(infills) == FILES * SPANS + 4
+    sampled, _ = run(shuffled, tmp_path / "sampled", rows_per_part=1_000, order="global", temperature=0.7)
+    assert sampled["tally"]["twins"] == 0, "rows without ids have seeds of their own"
+
+
+def test_a_replica_meets_a_files_rows_again(shuffled: Path, tmp_path: Path) -> None:
+    manifest, _ = run(shuffled, tmp_path / "out", rows_per_part=1_000, order="global")
+    assert len(manifest["replicas"]) == 2
+    assert manifest["cached_tokens"] >= 0.8 * manifest["tally"]["ideal_tokens"]
