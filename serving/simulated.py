@@ -15,6 +15,7 @@ import random
 import signal
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
@@ -199,17 +200,22 @@ class Scheduler:
                 budget, tokens = budget - 1, tokens + 1
                 kv_read += sequence.computed + sequence.made
                 sequence.made, sequence.left = sequence.made + 1, sequence.left - 1
-        self._admit()
-        for sequence in self.running:
+        for sequence in itertools.chain(list(self.running), self._admitted()):
+            if not budget:
+                break
             chunk = min(len(sequence.token_ids) - sequence.computed, budget)
             if chunk:
                 budget, tokens = budget - chunk, tokens + chunk
                 kv_read += sequence.computed
-                sequence.computed += chunk
-                if sequence.computed == len(sequence.token_ids):
-                    self._remember(sequence)
-                    sequence.made, sequence.left = 1, sequence.left - 1
+                self._compute(sequence, chunk)
         return step_seconds(self._roofline, tokens=tokens, kv_tokens_read=kv_read)
+
+    def _compute(self, sequence: Sequence, chunk: int) -> None:
+        """Compute prompt tokens; whole blocks are in the cache for whoever is admitted next, in this very step too."""
+        sequence.computed += chunk
+        self._remember(sequence.blocks[: sequence.computed // self._roofline.block_size])
+        if sequence.computed == len(sequence.token_ids):
+            sequence.made, sequence.left = 1, sequence.left - 1
 
     def finish_step(self) -> None:
         """Answer the sequences that the step completed."""
@@ -228,7 +234,8 @@ class Scheduler:
         self.running.remove(sequence)
         self.used_tokens -= sequence.size
 
-    def _admit(self) -> None:
+    def _admitted(self) -> Iterator[Sequence]:
+        """Waiting sequences as far as there is room, each admitted when it is asked for."""
         roofline = self._roofline
         while self.waiting and len(self.running) < roofline.max_num_seqs:
             sequence = self.waiting[0][2]
@@ -240,6 +247,7 @@ class Scheduler:
             sequence.cached = sequence.computed = self._lookup(sequence)
             self.used_tokens += sequence.size
             self.running.append(sequence)
+            yield sequence
 
     def _lookup(self, sequence: Sequence) -> int:
         size = self._roofline.block_size
@@ -254,8 +262,8 @@ class Scheduler:
         self.hits += cached
         return cached
 
-    def _remember(self, sequence: Sequence) -> None:
-        for block in reversed(sequence.blocks):
+    def _remember(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):
             self._cache[block] = None
             self._cache.move_to_end(block)
         while len(self._cache) * self._roofline.block_size > self._roofline.kv_cache_tokens:

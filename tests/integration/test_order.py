@@ -70,4 +70,4 @@ def test_rows_with_the_same_prompt_are_generated_once(shuffled: Path, tmp_path: 
 def test_a_replica_meets_a_files_rows_again(shuffled: Path, tmp_path: Path) -> None:
     manifest, _ = run(shuffled, tmp_path / "out", rows_per_part=1_000, order="global")
     assert len(manifest["replicas"]) == 2
-    assert manifest["cached_tokens"] >= 0.8 * manifest["tally"]["ideal_tokens"]
+    assert manifest["cached_tokens"] >= 0.95 * manifest["tally"]["ideal_tokens"]
