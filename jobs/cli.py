@@ -96,7 +96,10 @@ def run(
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling [default: 1].")] = None,
     n: Annotated[int | None, typer.Option(help="Samples a row [default: 1].")] = None,
     seed: Annotated[int | None, typer.Option(help="The job's seed [default: 0].")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Cut the infill at this text; repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the infill at this text; repeatable.")] = None,
+    stop_at_suffix: Annotated[
+        bool | None, typer.Option("--stop-at-suffix", help="End the infill where it has run into the suffix.")
+    ] = None,
     trim: Annotated[
         list[str] | None, typer.Option(help="suffix-overlap, suffix-echo, next-line, repeated-lines; repeatable.")
     ] = None,

@@ -14,7 +14,7 @@ from jobs.ledger import Ledger, Report
 from jobs.order import cut, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader, check_untouched, texts
-from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, to_samples
+from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, row_untils, to_samples
 from jobs.spec import ROLES, JobSpec
 from jobs.store import Location, exists, patient
 from jobs.tally import Tally, count
@@ -61,6 +61,7 @@ class UnitWork:
         self._facts: list[PromptFacts | None] = []
         self._prompts: list[Sequence[int] | None] = []
         self._seeds: list[tuple[int, ...]] = []
+        self._untils: list[str | None] = []
         self._samples: dict[int, list[Sample]] = {}
         self._journaled: set[int] = set()
         self._wanted: set[int] | None = None
@@ -128,6 +129,7 @@ class UnitWork:
         return replay.digests
 
     def _prepare_batch(self, batch: pa.RecordBatch, seen: set[Any]) -> None:
+        self._untils += row_untils(self._spec, batch)
         for identity, prompt in row_prompts(self._spec, self._format, self._config.max_model_len, batch):
             row = len(self._facts)
             source = self.unit.start + row
@@ -163,7 +165,7 @@ class UnitWork:
 
     def requests(self, rows: list[int]) -> list[Request]:
         """What the engine is asked for these rows."""
-        return [Request(row, self._prompts[row] or (), self._seeds[row]) for row in rows]
+        return [Request(row, self._prompts[row] or (), self._seeds[row], self._untils[row]) for row in rows]
 
     def answer(self, result: Result, *, replica: str, attempts: int) -> None:
         """Keep the engine's answer to one row."""
