@@ -189,7 +189,9 @@ class UnitWork:
             live.samples += 1
             live.completion_tokens += len(sample.token_ids)
             live.empty += not sample.token_ids
-            count(live.finish_reasons, self._format.finish_reason(sample.stop_token_id))
+            ended = sample.stop_token_id is not None or len(sample.token_ids) == self._spec.max_tokens
+            reason = self._format.finish_reason(sample.stop_token_id) if ended else "stop"
+            count(live.finish_reasons, reason)
         if len(self.examples) < EXAMPLES and samples[0].token_ids:
             infill = self._format.infill(samples[0].token_ids, stop_token_id=samples[0].stop_token_id)
             self.examples.append({"row": str(samples[0].row), "infill": infill.text, "reason": infill.finish_reason})

@@ -9,7 +9,6 @@ import importlib.util
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import aclosing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -259,11 +258,11 @@ class VllmEngine:
             priority=priority,
         )
         final = None
-        async with aclosing(outputs):  # Closing it is what aborts the request.
-            async for output in outputs:
-                final = output
-                if watch is not None and _is_enough(output, watch):
-                    break
+        async for output in outputs:
+            final = output
+            if watch is not None and _is_enough(output, watch):
+                await outputs.aclose()  # Which aborts the request.
+                break
         return final
 
     def stats(self) -> EngineStats:
