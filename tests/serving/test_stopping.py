@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.config import EngineConfig
@@ -60,6 +60,7 @@ def naive_count(fmt: Format, ids: list[int], words: list[str]) -> int | None:
     return None
 
 
+@settings(deadline=None)
 @given(completions(), st.lists(st.integers(0, 5), max_size=10))
 def test_a_watch_settles_at_the_first_token_that_can_settle_it(
     drawn: tuple[list[int], list[str], str | None], sizes: list[int]
@@ -69,6 +70,7 @@ def test_a_watch_settles_at_the_first_token_that_can_settle_it(
     assert found == naive_count(CODEGEN, ids, [*stop, *([until] if until else [])])
 
 
+@settings(deadline=None)
 @given(completions(), st.lists(st.integers(0, 5), max_size=10), st.integers(0, 40), st.booleans())
 def test_what_a_watch_leaves_is_cut_as_the_whole_would_be(
     drawn: tuple[list[int], list[str], str | None], sizes: list[int], at: int, control: bool
@@ -90,6 +92,7 @@ def test_what_a_watch_leaves_is_cut_as_the_whole_would_be(
     assert clip(kept, again) == kept
 
 
+@settings(deadline=None)
 @given(IDS)
 def test_growing_text_is_the_text(ids: list[int]) -> None:
     text = CODEGEN.tokenizer.decode(ids)
@@ -120,6 +123,7 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Format:
     return load_format("codellama", tokenizer_of=str(folder))
 
 
+@settings(deadline=None)
 @given(st.text("ab x\né😀", max_size=60), st.lists(st.text("ab x\né😀", min_size=1, max_size=4), max_size=3))
 def test_a_sentencepiece_text_is_watched_like_any_other(sentencepiece: Format, text: str, stop: list[str]) -> None:
     ids = sentencepiece.tokenizer.encode(f"☺{text}")[len(sentencepiece.tokenizer.encode("☺")) :]
