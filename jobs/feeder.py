@@ -91,6 +91,9 @@ class Feeder:
             top_p=spec.top_p,
             stop_token_ids=self._format.stop_token_ids,
             logprobs="mean_logprob" in spec.extra_columns,
+            stop=spec.stop,
+            format=config.format,
+            tokenizer=config.tokenizer,
         )
 
     async def attach(self, deployment: str, app: str, route: Route) -> None:

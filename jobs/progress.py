@@ -91,7 +91,8 @@ class Display(Watcher):
         self.say(f"after {tally.samples:,} completions: {told}")
         for example in progress.examples:
             self.say(f"  row {example['row']} ({example['reason']}): {example['infill'][:200]!r}")
-        if shares["eom"] < LOW_EOM_SHARE:
+        by_text = sum(tally.finish_reasons.get(name, 0) for name in ("stop", "overlap")) / tally.samples
+        if shares["eom"] + by_text < LOW_EOM_SHARE:
             self.console.print(
                 f"[bold red]WARNING: only {shares['eom']:.0%} of the completions end with the model's end of infill."
                 "[/] Is this the right --format, and is --max-tokens long enough?",

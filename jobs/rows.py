@@ -14,6 +14,7 @@ from jobs.tally import Tally, count
 from serving.errors import InputError, SpanfillError
 from serving.formats import Format, Prompt
 from serving.protocol import Result
+from serving.stopping import suffix_beginning
 from serving.trimming import OVERLAPS, TRIMMINGS
 
 
@@ -64,6 +65,14 @@ def row_prompts(
         suffix_share=spec.suffix_share,
     )
     return [(identities[row], errors.get(row, prompt)) for row, prompt in enumerate(prompts)]
+
+
+def row_untils(spec: JobSpec, batch: pa.RecordBatch) -> list[str | None]:
+    """What ends each row's infill when it runs into the suffix: None unless the job asks for that."""
+    suffix = spec.column("suffix")
+    if not spec.stop_at_suffix or suffix not in batch.schema.names:
+        return [None] * batch.num_rows
+    return [suffix_beginning(text) if isinstance(text, str) else None for text in texts(batch.column(suffix))]
 
 
 def _row_ids(spec: JobSpec, batch: pa.RecordBatch) -> list[Any]:
@@ -138,7 +147,8 @@ def output_columns(
 
 
 def _finish(spec: JobSpec, fmt: Format, sample: Sample, prefix: str, suffix: str | None) -> tuple[str, str]:
-    infill = fmt.infill(sample.token_ids, stop_token_id=sample.stop_token_id, stop=spec.stop)
+    until = suffix_beginning(suffix) if spec.stop_at_suffix else None
+    infill = fmt.infill(sample.token_ids, stop_token_id=sample.stop_token_id, stop=spec.stop, until=until)
     text, reason = infill.text, infill.finish_reason
     for name in spec.trim:
         trimmed = TRIMMINGS[name](text, prefix, suffix or "")

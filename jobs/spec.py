@@ -47,6 +47,7 @@ class JobSpec(Frozen):
     n: int = Field(1, ge=1, le=1024)
     seed: int = Field(0, ge=0, lt=1 << 63)
     stop: tuple[str, ...] = ()
+    stop_at_suffix: bool = False
     trim: tuple[str, ...] = ()
     prefix_align: int | None = Field(None, ge=1)
     suffix_share: float | None = Field(None, ge=0, le=1)
@@ -99,6 +100,8 @@ class JobSpec(Frozen):
             names |= {"seed", "top_p"}
         if self.order == "global":  # Which rows a part holds, and their order.
             names |= {"order"}
+        if self.stop_at_suffix:
+            names.add("stop_at_suffix")  # Only then: jobs that began before there was this option go on.
         arguments = {key: value for key, value in engine.engine_args.items() if key not in SPEED_ARGUMENTS}
         return {
             "input": files,

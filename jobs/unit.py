@@ -14,7 +14,7 @@ from jobs.ledger import Ledger, Report
 from jobs.order import TOKEN_BYTES, cut, grouped, ideal_cached_tokens, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader, check_untouched, origins, texts
-from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, to_samples
+from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, row_untils, to_samples
 from jobs.spec import ROLES, JobSpec
 from jobs.store import Location, exists, patient
 from jobs.tally import Tally, count
@@ -61,6 +61,7 @@ class UnitWork:
         self._facts: list[PromptFacts | None] = []
         self._prompts: list[Sequence[int] | None] = []
         self._seeds: list[tuple[int, ...]] = []
+        self._untils: list[str | None] = []
         self._samples: dict[int, list[Sample]] = {}
         self._journaled: set[int] = set()
         self._wanted: set[tuple[str, int]] | None = None
@@ -130,6 +131,7 @@ class UnitWork:
         return replay.digests
 
     def _prepare_batch(self, batch: pa.RecordBatch, seen: set[Any]) -> None:
+        self._untils += row_untils(self._spec, batch)
         prompts = row_prompts(self._spec, self._format, self._config.max_model_len, batch)
         sources = zip(*origins(batch, self._file, self.unit.start + len(self._facts)), strict=True)
         for (identity, prompt), source in zip(prompts, sources, strict=True):
@@ -177,9 +179,9 @@ class UnitWork:
 
     def _find_twins(self, keys: list[bytes], order: list[int], ideal: dict[int, int], block_size: int) -> set[int]:
         """The rows to send, without those that another's answer serves; those whose other is answered are answered."""
-        rows, leaders = set[int](), dict[tuple[bytes, tuple[int, ...]], int]()
+        rows, leaders = set[int](), dict[Any, int]()
         for row in order:
-            leader = leaders.setdefault((keys[row], self._seeds[row]), row)
+            leader = leaders.setdefault((keys[row], self._seeds[row], self._untils[row]), row)
             tokens = len(keys[row]) // TOKEN_BYTES
             again = (tokens - 1) // block_size * block_size * (self._spec.n - 1)
             self._ideal += ideal[row] + again if leader == row else tokens * self._spec.n
@@ -206,7 +208,7 @@ class UnitWork:
 
     def requests(self, rows: list[int]) -> list[Request]:
         """What the engine is asked for these rows."""
-        return [Request(row, self._prompts[row] or (), self._seeds[row]) for row in rows]
+        return [Request(row, self._prompts[row] or (), self._seeds[row], self._untils[row]) for row in rows]
 
     def answer(self, result: Result, *, replica: str, attempts: int) -> None:
         """Keep the engine's answer to one row."""
@@ -232,7 +234,9 @@ class UnitWork:
             live.samples += 1
             live.completion_tokens += len(sample.token_ids)
             live.empty += not sample.token_ids
-            count(live.finish_reasons, self._format.finish_reason(sample.stop_token_id))
+            ended = sample.stop_token_id is not None or len(sample.token_ids) == self._spec.max_tokens
+            reason = self._format.finish_reason(sample.stop_token_id) if ended else "stop"
+            count(live.finish_reasons, reason)
         if len(self.examples) < EXAMPLES and samples[0].token_ids:
             infill = self._format.infill(samples[0].token_ids, stop_token_id=samples[0].stop_token_id)
             self.examples.append({"row": str(samples[0].row), "infill": infill.text, "reason": infill.finish_reason})

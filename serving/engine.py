@@ -17,6 +17,8 @@ from serving.config import EngineConfig
 from serving.cores import available_cores
 from serving.errors import ConfigError, EngineDeadError, EngineError
 from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
+from serving.stopping import StopWatch
+from serving.watching import clip, stop_watches
 
 OWN_ARGUMENTS = {
     "model": "--model",
@@ -214,9 +216,13 @@ class VllmEngine:
         if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
             message = f"the prompt is empty or holds a token id outside 0 to {self._vocab_size - 1}"
             return Result(request.key, error_code="bad_token_ids", error_message=message)
+        watches = await stop_watches(request, sampling)
         try:
             outputs = await asyncio.gather(
-                *(self._sample(token_ids, sampling, seed, priority, cache_salt) for seed in request.seeds)
+                *(
+                    self._sample(token_ids, sampling, seed, watch, priority, cache_salt)
+                    for seed, watch in zip(request.seeds, watches, strict=True)
+                )
             )
         except VllmDeadError as error:
             raise EngineDeadError(f"the vLLM engine died: {error}", remedy="Its replica is started again.") from error
@@ -228,24 +234,35 @@ class VllmEngine:
             return Result(request.key, error_code="engine_error", error_message=str(error.__cause__ or error))
         return Result(
             request.key,
-            tuple(_completion(output) for output in outputs),
+            tuple(clip(_completion(output), watch) for output, watch in zip(outputs, watches, strict=True)),
             sum(output.num_cached_tokens or 0 for output in outputs),
             _prompt_logprobs(outputs[0]) if sampling.prompt_logprobs else None,
         )
 
     async def _sample(
-        self, token_ids: list[int], sampling: Sampling, seed: int, priority: int, cache_salt: str | None
+        self,
+        token_ids: list[int],
+        sampling: Sampling,
+        seed: int,
+        watch: StopWatch | None,
+        priority: int,
+        cache_salt: str | None,
     ) -> Any:
+        """The last output of one sample; what is left of it is aborted once its watch needs no more."""
         from vllm.inputs import tokens_input
 
-        final = None
-        async for output in self._llm.generate(
+        outputs = self._llm.generate(
             tokens_input(token_ids, cache_salt=cache_salt),
-            _sampling_params(sampling, seed),
+            _sampling_params(sampling, seed, watched=watch is not None),
             str(next(self._ids)),
             priority=priority,
-        ):
+        )
+        final = None
+        async for output in outputs:
             final = output
+            if watch is not None and _is_enough(output, watch):
+                await outputs.aclose()  # Which aborts the request.
+                break
         return final
 
     def stats(self) -> EngineStats:
@@ -296,7 +313,14 @@ def _engine_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
     }
 
 
-def _sampling_params(sampling: Sampling, seed: int) -> Any:
+def _is_enough(output: Any, watch: StopWatch) -> bool:
+    """Show a watch the tokens that it has not seen; a stop token is none of the completion's."""
+    sample = output.outputs[0]
+    stop = len(sample.token_ids) - (sample.finish_reason == "stop")
+    return watch.add(sample.token_ids[watch.seen : stop]) is not None
+
+
+def _sampling_params(sampling: Sampling, seed: int, *, watched: bool) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -310,7 +334,7 @@ def _sampling_params(sampling: Sampling, seed: int) -> Any:
         logprobs=0 if sampling.logprobs else None,
         prompt_logprobs=0 if sampling.prompt_logprobs else None,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.CUMULATIVE if watched else RequestOutputKind.FINAL_ONLY,
         skip_clone=True,
     )
 

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from serving.errors import FormatError, SpanfillError
 from serving.models import resolve_model
+from serving.stopping import StopWatch, find_cut
 from serving.tokenizer import CODEGEN25, Tokenizer, codegen25, load_tokenizer
 from serving.truncation import room_for_text, window
 
@@ -137,7 +138,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Infill:
-    """What fills the gap, and why it ended: ``eom``, ``eos``, ``length`` or ``stop``."""
+    """What fills the gap, and why it ended: ``eom``, ``eos``, ``length``, ``stop`` or ``overlap``."""
 
     text: str
     finish_reason: str
@@ -348,11 +349,25 @@ class Format:
             return "length"
         return "eom" if stop_token_id == self._end else "eos"
 
-    def infill(self, token_ids: Sequence[int], *, stop_token_id: int | None = None, stop: Sequence[str] = ()) -> Infill:
-        """The text up to the first control token or ``stop`` string; broken UTF-8 at the end becomes U+FFFD."""
+    def watch(self, stop: Sequence[str], until: str | None = None) -> StopWatch:
+        """What tells, a token at a time, from where on ``infill`` would cut everything."""
+        return StopWatch(self._text, self.tokenizer.special_ids, stop, until)
+
+    def infill(
+        self,
+        token_ids: Sequence[int],
+        *,
+        stop_token_id: int | None = None,
+        stop: Sequence[str] = (),
+        until: str | None = None,
+    ) -> Infill:
+        """The text up to the first control token, ``stop`` string or ``until``, the suffix's beginning.
+
+        Broken UTF-8 at the end becomes U+FFFD.
+        """
         special = self.tokenizer.special_ids
         at = next((i for i, token_id in enumerate(token_ids) if token_id in special), None)
         text = self._text(token_ids if at is None else token_ids[:at])
         reason = self.finish_reason(stop_token_id if at is None else token_ids[at])
-        cuts = [place for word in stop if (place := text.find(word)) >= 0]
-        return Infill(text[: min(cuts)], "stop") if cuts else Infill(text, reason)
+        cut = find_cut(text, stop, until)
+        return Infill(text[: cut.at], cut.reason) if cut else Infill(text, reason)

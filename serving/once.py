@@ -54,7 +54,9 @@ def infill(
     fmt = load_format(known.format, tokenizer_of=model)
     prompt = fmt.prompt(prefix, suffix, max_tokens=max_tokens, max_context=known.context)
     config = known.engine_config()
-    sampling = Sampling(max_tokens, temperature, top_p, prompt.stop_token_ids)
+    sampling = Sampling(
+        max_tokens, temperature, top_p, prompt.stop_token_ids, stop=stop, format=known.format, tokenizer=model
+    )
     engine = _engine(config)
     request = Request(0, prompt.token_ids, (seed,))
     result = _wait(engine.generate(request, sampling, priority=INTERACTIVE_PRIORITY))

@@ -16,7 +16,11 @@ INTERACTIVE_PRIORITY = 0
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to decode, shared by every request of a micro-batch."""
+    """How to decode, shared by every request of a micro-batch.
+
+    ``stop`` strings end a completion by its text, as ``Request.until`` does; ``format`` and ``tokenizer`` are the names
+    with which ``load_format`` finds what reads its tokens, needed only then.
+    """
 
     max_tokens: int
     temperature: float = 0.0
@@ -25,18 +29,23 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: bool = False
     prompt_logprobs: bool = False
+    stop: tuple[str, ...] = ()
+    format: str = ""
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt; ``seeds`` holds one seed for each sample that is wanted, ``key`` comes back with the result.
 
+    ``until`` is the beginning of the row's suffix where a completion that has run into it shall end, None elsewhere.
     ``token_ids`` of a batch are 32-bit arrays: they pickle as bytes, several times faster than lists.
     """
 
     key: int
     token_ids: Sequence[int]
     seeds: tuple[int, ...] = (0,)
+    until: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +67,10 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sample: its token ids without the stop token, which is ``stop_token_id`` (None if it ran to its length)."""
+    """One sample: its token ids without the stop token, which is ``stop_token_id``.
+
+    That is None where it ran to its length or was ended by its text; then the last token may reach beyond the match.
+    """
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]

@@ -24,6 +24,7 @@ from serving.engine import installed_version
 from serving.errors import EngineDeadError
 from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
 from serving.roofline import step_seconds
+from serving.watching import clip, stop_watches
 
 NOISE = random.Random(0).choices(range(1_000, 21_000), k=1 << 16)
 """Ids that are ordinary text in every tokenizer that the known formats use; answers are slices of it."""
@@ -67,7 +68,12 @@ class SimulatedEngine:
         if len(request.token_ids) >= self._info.max_model_len:
             message = f"the prompt of {len(request.token_ids)} tokens leaves no room in {self._info.max_model_len}"
             return Result(request.key, error_code="engine_error", error_message=message)
-        completions = tuple(_noise(request.token_ids, seed, sampling) for seed in request.seeds)
+        watches = await stop_watches(request, sampling)
+        made = [_noise(request.token_ids, seed, sampling) for seed in request.seeds]
+        for completion, watch in zip(made, watches, strict=True):
+            if watch is not None:
+                watch.add(completion.token_ids)
+        completions = tuple(clip(completion, watch) for completion, watch in zip(made, watches, strict=True))
         cached = 0
         if not self._instant:
             cached = sum(await asyncio.gather(*(self._timed(request, c, priority, cache_salt) for c in completions)))

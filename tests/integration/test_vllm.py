@@ -116,6 +116,42 @@ def test_a_stop_token_ends_the_completion_and_is_not_part_of_it(engine: VllmEngi
     assert free.completions[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("way", ["stop", "until"])
+def test_a_stop_string_ends_the_request_early_with_the_text_of_a_cut(engine: VllmEngine, wait: Await, way: str) -> None:
+    """Many at once, and each string lies over two tokens at least."""
+    fmt = load_format("codegen25")
+    prompts = [PROMPT[i : i + 40] for i in range(12)]
+    whole = ask(engine, wait, *(Request(i, p) for i, p in enumerate(prompts)), max_tokens=200, logprobs=True)
+    texts = [fmt.infill(r.completions[0].token_ids).text for r in whole]
+    words = [text[at - 3 : at + 3] for text in texts for at in [len(text) // 10]]
+    before = engine.stats().output_tokens
+    if way == "until":
+        asked = [Request(i, p, until=w) for i, (p, w) in enumerate(zip(prompts, words, strict=True))]
+    else:
+        asked = [Request(i, p) for i, p in enumerate(prompts)]
+    stop = tuple(words) if way == "stop" else ()
+    cut = ask(engine, wait, *asked, max_tokens=200, logprobs=True, stop=stop, format="codegen25")
+    made = engine.stats().output_tokens - before
+    for i, (long, short) in enumerate(zip(whole, cut, strict=True)):
+        rule: dict[str, Any] = {"stop": stop, "until": asked[i].until}
+        full, kept = long.completions[0], short.completions[0]
+        watch = fmt.watch(stop, asked[i].until)
+        assert len(kept.token_ids) == watch.add(full.token_ids)
+        assert kept.token_ids == full.token_ids[: len(kept.token_ids)]
+        assert kept.logprobs is not None
+        assert len(kept.logprobs) == len(kept.token_ids)
+        assert fmt.infill(kept.token_ids, **rule) == fmt.infill(full.token_ids, **rule)
+        assert fmt.infill(kept.token_ids, **rule).finish_reason == {"stop": "stop", "until": "overlap"}[way]
+    assert made < sum(len(r.completions[0].token_ids) for r in whole) / 3
+    assert wait(_idle(engine))
+
+
+async def _idle(engine: VllmEngine) -> bool:
+    """Whether nothing that was aborted runs on: the engine's next steps show this request alone."""
+    await engine.generate(Request(0, PROMPT[:20]), Sampling(4))
+    return engine.stats().running <= 1 and engine.stats().waiting == 0
+
+
 @pytest.mark.parametrize("token_ids", [[], [51_200], [-1], [1] * 1_024], ids=["empty", "beyond", "negative", "long"])
 def test_what_would_kill_the_engine_is_the_rows_error_alone(
     engine: VllmEngine, wait: Await, token_ids: list[int]
@@ -133,7 +169,7 @@ def test_an_engine_argument_of_another_type_is_a_configuration_error(checkpoint:
 
 
 def test_a_killed_engine_core_fails_the_health_check_and_the_request(engine: VllmEngine, wait: Await) -> None:
-    """Last in the module: nothing works after it."""
+    """The last one with this engine: nothing works after it."""
 
     async def kill() -> None:
         long = asyncio.ensure_future(engine.generate(Request(0, PROMPT), Sampling(600, ignore_eos=True)))
@@ -147,6 +183,26 @@ def test_a_killed_engine_core_fails_the_health_check_and_the_request(engine: Vll
         wait(kill())
     with pytest.raises(EngineDeadError):
         wait(engine.check_health())
+
+
+def test_speculation_is_an_engine_argument_that_leaves_greedy_infills_alone(checkpoint: Path, wait: Await) -> None:
+    """Prompts that repeat themselves give it drafts. It is off unless asked for."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+    arguments: dict[str, Any] = {"speculative_config": drafts}
+    config = EngineConfig(model=str(checkpoint), max_model_len=512, dtype="float32", engine_args=arguments)
+    asked = [Request(i, PROMPT[i : i + 30] * 4, (i,)) for i in range(4)]
+    drafting = wait(VllmEngine.start(config))
+    greedy, sampled = (ask(drafting, wait, *asked, max_tokens=24, temperature=t) for t in (0.0, 0.8))
+    wait(drafting.shutdown())
+    assert all(len(result.completions[0].token_ids) == 24 for result in sampled)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    for request, answer in zip(asked, greedy, strict=True):
+        ids = torch.tensor([list(request.token_ids)])
+        expected = model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False, eos_token_id=None)
+        assert answer.completions[0].token_ids == expected[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.usefixtures("cluster")

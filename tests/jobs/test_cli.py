@@ -7,6 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.cli import _values, pairs_of
+from serving.engine import check_engine_args
 from tests.conftest import Command, WriteRows
 
 USAGE = 2
@@ -31,6 +33,14 @@ def run(spanfill: Command, tmp_path: Path, checkpoint: Path) -> Command:
         )
 
     return command  # type: ignore[return-value]
+
+
+def test_speculation_passes_validation() -> None:
+    drafts = "speculative_config={method: ngram, num_speculative_tokens: 4, prompt_lookup_max: 4}"
+    check_engine_args(_values(pairs_of([drafts], "--engine-arg")) or {})
+    assert _values(pairs_of([drafts], "--engine-arg")) == {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+    }
 
 
 def test_a_missing_input_is_named(run: Command, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.journal import Sample
-from jobs.rows import PromptFacts, output_columns, row_seeds, to_samples
+from jobs.rows import PromptFacts, output_columns, row_seeds, row_untils, to_samples
 from jobs.spec import JobSpec
 from jobs.tally import Tally
 from serving.formats import load_format
@@ -41,11 +42,21 @@ def columns(text: str, stop_token_id: int | None = EOM, **options: Any) -> dict[
         ("total += x" + SUFFIX, {}, "total += x" + SUFFIX, "eom"),
         ("total += x", {"trim": ["suffix-overlap", "suffix-echo", "next-line"]}, "total += x", "eom"),
         ("a\na\na\na\n", {"trim": ["repeated-lines"]}, "a\n", "eom"),
+        ("total += x" + SUFFIX + "more", {"stop_at_suffix": True}, "total += x", "overlap"),
+        ("total += x" + SUFFIX, {"stop_at_suffix": True, "stop": ["x"]}, "total += ", "stop"),
+        ("total += x", {"stop_at_suffix": True}, "total += x", "eom"),
     ],
 )
 def test_the_infill_is_cut_and_says_why_it_ended(text: str, options: dict[str, Any], infill: str, reason: str) -> None:
     found = columns(text, **options)
     assert (found["infill"], found["finish_reason"]) == ([infill], [reason])
+
+
+def test_each_row_is_ended_by_its_own_suffix_if_that_is_asked_for() -> None:
+    batch = pa.record_batch({"prefix": ["a", "b", "c"], "suffix": [SUFFIX, None, ")"]})
+    assert row_untils(spec(), batch) == [None, None, None]
+    assert row_untils(spec(stop_at_suffix=True), batch) == [SUFFIX, None, None]
+    assert row_untils(spec(stop_at_suffix=True, columns={"suffix": ""}), batch) == [None, None, None]
 
 
 def test_extra_columns_come_when_asked_for_and_only_then() -> None:

@@ -1,0 +1,149 @@
+"""Engine settings found by trying them on a sample of the user's own rows, over the whole path of ``run``."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from rich.table import Table
+
+from jobs.job import Job, prepare_job
+from jobs.plan import InputFile, Unit
+from jobs.reader import UnitReader
+from jobs.runner import Watcher, run_job
+from jobs.search import Figures, Knob, Settings, Trial, Tuning, search
+from jobs.spec import ROLES, JobSpec
+from jobs.store import locate, publish_bytes
+from serving.engine import CPU_BATCHED_TOKENS, CPU_DEFAULTS, is_gpu_build
+from serving.errors import InputError
+
+RUNS_OF_ROWS = 8
+"""The sample's rows stand next to each other in the input by so many runs, since neighbours share their prompts."""
+
+
+GRID = (
+    Knob("max_num_seqs", (32, 64, 128, 256, 512)),
+    Knob("max_num_batched_tokens", (2_048, 4_096, 8_192, 16_384)),
+    Knob("async_scheduling", (True, False)),
+    # vLLM 0.32's CPU build dies on seeded, sampled prompts that are prefilled in chunks: see serving.engine.
+    Knob("enable_chunked_prefill", (True, False), gpu_only=True),
+    Knob("block_size", (32, 64, 128, 16)),
+)
+"""What is tried. All are arguments of speed and memory: a begun job goes on with other ones."""
+
+
+def makes_sense(settings: Settings, *, rows: int, max_model_len: int, chunked: bool) -> bool:
+    """Whether a step takes a prompt whole where it may not be cut, and the sample fills the engine twice over."""
+    budget = settings.get("max_num_batched_tokens")
+    whole = budget is None or settings.get("enable_chunked_prefill", chunked) or budget >= max_model_len
+    return bool(whole and 2 * settings.get("max_num_seqs", 1) <= rows)
+
+
+def tune(
+    spec: JobSpec,
+    *,
+    rows: int,
+    minutes: float,
+    knobs: Sequence[Knob] = GRID,
+    tell: Callable[[Tuning], None] = lambda _: None,
+    watcher: Watcher | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Tuning:
+    """Find engine arguments that infill a sample of ``spec.input`` faster; ``spec.engine_args`` are the baseline.
+
+    Begins no trial after ``minutes``. ``tell`` is called after each, ``watcher`` hears what the runs say. Raises what
+    ``run_job`` raises when the baseline itself cannot run.
+    """
+    job, gpu, deadline = prepare_job(spec), is_gpu_build(), clock() + 60 * minutes
+    length = job.engine.max_model_len
+    with tempfile.TemporaryDirectory(prefix="spanfill-tune-") as folder:
+        sample = Path(folder, "rows.parquet")
+        pq.write_table(sample_rows(job, rows), sample)
+        return search(
+            lambda settings: _run(spec, sample, settings, watcher),
+            [knob for knob in knobs if gpu or not knob.gpu_only],
+            spec.engine_args,
+            late=lambda: clock() >= deadline,
+            fits=lambda settings: makes_sense(settings, rows=rows, max_model_len=length, chunked=gpu),
+            defaults={} if gpu or spec.engine != "vllm" else _cpu_defaults(length),
+            tell=tell,
+        )
+
+
+def _cpu_defaults(max_model_len: int) -> Settings:
+    return CPU_DEFAULTS | {"max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len), "block_size": 128}
+
+
+def _run(spec: JobSpec, sample: Path, settings: Settings, watcher: Watcher | None) -> Figures:
+    paths = {"input": str(sample), "output": str(sample.with_name("out"))}
+    once = {"limit": None, "keep_columns": None, "overwrite": True, "resume": True, "retry_errors": False}
+    manifest = run_job(JobSpec.parse(spec.model_dump() | paths | once | {"engine_args": settings}), watcher=watcher)
+    return Figures(manifest["rows_per_second"], manifest["prefix_cache_hit_share"], manifest["errors"])
+
+
+def sample_rows(job: Job, rows: int) -> pa.Table:
+    """Some runs of neighbouring rows, spread evenly over the input, with the columns that play a role."""
+    roles = {job.spec.column(role) for role in ROLES}
+    reader = UnitReader(job.inputs.root, [name for name in job.inputs.schema.names if name in roles])
+    ranges = _ranges(job.inputs.files, rows)
+    tables = [pa.Table.from_batches([batch]) for file, unit in ranges for batch in reader.read(file, unit)]
+    if not tables:
+        raise InputError(f"{job.spec.input} has no rows to tune on.", remedy="Give an input with rows.")
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _ranges(files: Sequence[InputFile], rows: int) -> Iterator[tuple[InputFile, Unit]]:
+    total = sum(file.rows for file in files)
+    rows = min(rows, total)
+    runs = min(RUNS_OF_ROWS, rows)
+    for run in range(runs):
+        start, length = total * run // runs, rows * (run + 1) // runs - rows * run // runs
+        for number, file in enumerate(files):
+            first, last = max(0, start), min(file.rows, start + length)
+            if first < last:
+                yield file, Unit(run, number, first, last)
+            start -= file.rows
+
+
+def report(tuning: Tuning, *, source: str) -> str:
+    """The YAML file for ``spanfill run --job``: the settings found, and what was measured as comments."""
+    lines = [
+        f"Engine settings that spanfill tune found on rows of {source}; for spanfill run --job FILE.",
+        f"{tuning.rows_per_second:.2f} rows/s, {tuning.ratio(tuning.rows_per_second):.2f} times the baseline's.",
+        f"Two equal runs were within {tuning.noise:.1%} of each other; less counts for nothing.",
+        *([] if tuning.finished else ["Its time was up before everything was tried."]),
+        "Tried, each beside what had won by then:",
+        *(f"  {trial.setting}: {told(trial, tuning)}" for trial in tuning.trials),
+    ]
+    comments = "".join(f"# {line}\n" for line in lines)
+    return comments + yaml.safe_dump({"engine_args": tuning.best}, sort_keys=True)
+
+
+def write_report(output: Path, tuning: Tuning, *, source: str) -> None:
+    """Publish the report; raises ``StorageError``."""
+    publish_bytes(locate(str(output)), report(tuning, source=source).encode())
+
+
+def table(tuning: Tuning) -> Table:
+    """What was tried, for the terminal."""
+    shown = Table("setting", "rows/s", "ratio", "cached", title="engine settings", caption=f"best: {tuning.best}")
+    for trial in tuning.trials:
+        figures = trial.figures
+        if figures is None:
+            shown.add_row(trial.setting, "-", "-", trial.failure)
+            continue
+        speed = figures.rows_per_second
+        shown.add_row(trial.setting, f"{speed:.2f}", f"{tuning.ratio(speed):.2f}", f"{figures.cached_share:.1%}")
+    return shown
+
+
+def told(trial: Trial, tuning: Tuning) -> str:
+    """A trial's figures in words, or why there are none."""
+    if trial.figures is None:
+        return f"does not run: {trial.failure}"
+    speed, share = trial.figures.rows_per_second, trial.figures.cached_share
+    errors = f", {trial.figures.errors:,} error rows" if trial.figures.errors else ""
+    return f"{speed:.2f} rows/s, ratio {tuning.ratio(speed):.2f}, {share:.1%} of the prompt tokens cached{errors}"

@@ -1,0 +1,39 @@
+"""What a job's fingerprint is made of."""
+
+from typing import Any
+
+import pytest
+
+from jobs.spec import JobSpec, fingerprint
+from jobs.tune import GRID
+from serving.engine import SPEED_ARGUMENTS
+from serving.models import resolve_model
+
+
+def job_fingerprint(**options: Any) -> str:
+    spec = JobSpec.parse({"input": "in", "output": "out", **options})
+    engine = resolve_model("Salesforce/codegen25-7b-multi_P", format="codegen25").engine_config(
+        engine_args=spec.engine_args
+    )
+    return fingerprint(spec.infill_identity(engine, {}, "codegen25", []))
+
+
+BEGUN = "a63008f688cd"
+"""Of a job that began before there was ``stop_at_suffix``."""
+
+
+def test_options_that_came_later_leave_begun_jobs_what_they_are_until_they_are_used() -> None:
+    assert job_fingerprint() == job_fingerprint(stop_at_suffix=False) == BEGUN
+    assert job_fingerprint(stop_at_suffix=True) != BEGUN
+
+
+@pytest.mark.parametrize("name", [knob.name for knob in GRID])
+def test_what_tune_tries_lets_a_begun_job_go_on(name: str) -> None:
+    assert name in SPEED_ARGUMENTS
+    assert job_fingerprint(engine_args={name: 1}) == job_fingerprint()
+
+
+def test_speculation_is_another_job() -> None:
+    """Drafts that are accepted use up a seed's random numbers otherwise, so sampled infills change."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+    assert job_fingerprint(engine_args={"speculative_config": drafts}) != job_fingerprint()

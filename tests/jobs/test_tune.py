@@ -1,0 +1,79 @@
+"""Settings tried on a sample: which make sense, on which rows, and on the simulated engine over the path of ``run``."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from jobs.job import prepare_job
+from jobs.search import Figures, Knob, Settings, search
+from jobs.spec import JobSpec
+from jobs.tune import makes_sense, report, sample_rows, table, tune
+from serving.errors import InputError
+from tests.conftest import WriteRows
+
+
+@pytest.mark.parametrize(
+    ("settings", "chunked", "good"),
+    [
+        ({}, False, True),
+        ({"max_num_batched_tokens": 1_024}, False, False),
+        ({"max_num_batched_tokens": 2_048}, False, True),
+        ({"max_num_batched_tokens": 1_024}, True, True),
+        ({"max_num_batched_tokens": 1_024, "enable_chunked_prefill": False}, True, False),
+        ({"max_num_seqs": 128}, True, True),
+        ({"max_num_seqs": 129}, True, False),
+    ],
+)
+def test_a_prompt_must_fit_a_step_and_the_sample_the_batch(settings: Settings, chunked: bool, good: bool) -> None:
+    assert makes_sense(settings, rows=256, max_model_len=2_048, chunked=chunked) is good
+
+
+def test_the_sample_is_runs_of_neighbours_from_the_whole_input(write_rows: WriteRows, tmp_path: Path) -> None:
+    write_rows("in/a.parquet", id=range(50), prefix=["a"] * 50, other=[1.0] * 50)
+    write_rows("in/b.parquet", id=range(50, 53), prefix=["b"] * 3, other=[1.0] * 3)
+    write_rows("in/c.parquet", id=range(53, 100), prefix=["c"] * 47, other=[1.0] * 47)
+    job = prepare_job(JobSpec(input=str(tmp_path / "in"), output="out", engine="instant"))
+    sample = sample_rows(job, 20)
+    assert sample.column_names == ["id", "prefix"]
+    ids = sample["id"].to_pylist()
+    assert ids == [0, 1, 12, 13, 14, 25, 26, 37, 38, 39, 50, 51, 62, 63, 64, 75, 76, 87, 88, 89]
+    assert sample_rows(job, 1_000)["id"].to_pylist() == list(range(100))
+
+
+def test_an_empty_input_is_refused(write_rows: WriteRows) -> None:
+    source = write_rows(prefix=pa.array([], pa.string()))
+    job = prepare_job(JobSpec(input=str(source), output="out", engine="instant"))
+    with pytest.raises(InputError, match="no rows"):
+        sample_rows(job, 10)
+
+
+def test_the_report_is_a_job_file_with_the_figures_as_comments() -> None:
+    found = search(lambda s: Figures(10 + s.get("a", 0), 0.25), (Knob("a", (2, 3)),), {}, late=lambda: False)
+    text = report(found, source="rows.parquet")
+    spec = JobSpec.parse(yaml.safe_load(text) | {"input": "in", "output": "out"})
+    assert spec.engine_args == {"a": 3}
+    assert "# 13.00 rows/s, 1.30 times the baseline's." in text
+    assert "#   a=2: 12.00 rows/s, ratio 1.20, 25.0% of the prompt tokens cached" in text
+    assert table(found).row_count == len(found.trials)
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("cluster")
+def test_more_sequences_win_on_a_simulated_engine(tmp_path: Path) -> None:
+    """A roofline's fields stand for engine arguments; one value of the grid cannot be."""
+    pq.write_table(pa.table({"prefix": [f"def f{i}():\n    " for i in range(64)]}), tmp_path / "rows.parquet")
+    slow = {"max_num_seqs": 1, "step_overhead_seconds": 0.005}
+    spec = JobSpec.parse(
+        {"input": str(tmp_path / "rows.parquet"), "output": ".", "engine": "simulated", "engine_args": slow}
+        | {"max_tokens": 8}
+    )
+    told: list[str] = []
+    knobs = (Knob("max_num_seqs", (0, 16)),)
+    found = tune(spec, rows=32, minutes=5, knobs=knobs, tell=lambda so_far: told.append(so_far.trials[-1].setting))
+    assert found.best == slow | {"max_num_seqs": 16}
+    assert found.rows_per_second > 2 * found.baseline
+    assert told == ["baseline", "baseline", "max_num_seqs=0", "max_num_seqs=16", "max_num_seqs=16"]
+    assert "max_num_seqs" in found.trials[2].failure
