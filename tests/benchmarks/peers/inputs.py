@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ FILE_BYTES = (15_000, 60_000)
 UNSHARED_BYTES = (4_000, 60_000)
 HEADER_TOKENS = 600
 HEADER_ROWS = 50
-TASK_CHARS = 1_000
-"""Text of one row beneath its header: with it a prompt stays below 1,000 tokens, so nothing is cut."""
+TASK_CHARS = 900
+"""Text of one row beneath its header: short enough that no prompt is cut."""
 
+TASK_FILES = 40
 MOST_TASK_SPAN = 200
 
 
@@ -111,12 +113,12 @@ def _headers(draw: random.Random) -> Iterator[Row]:
 
 def _tasks(draw: random.Random) -> Iterator[tuple[str, int, int]]:
     """Texts of whole lines with a span in each, endlessly."""
-    texts = [text for _, text in _sources(draw, FILE_BYTES)]
+    texts = [text for _, text in islice(_sources(draw, FILE_BYTES), TASK_FILES)]
     while True:
         text = draw.choice(texts)
         at = text.index("\n", draw.randrange(len(text) - 2 * TASK_CHARS)) + 1
         task = text[at : text.rfind("\n", at, at + TASK_CHARS) + 1]
-        for start, end, _ in draw_spans(task, "python", "span", 1, draw):
+        for start, end, _ in draw_spans(task, "python", "span", 1, draw) if task else []:
             yield task, start, min(end, start + MOST_TASK_SPAN)
 
 
