@@ -9,6 +9,7 @@ Nothing else may run on the machine. ``--check`` compares outputs instead of spe
 import argparse
 import json
 import shlex
+import signal
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -26,12 +27,15 @@ from tests.benchmarks.peers.report import plot, summarise, table
 from tests.benchmarks.peers.rounds import Attempt, play
 from tests.benchmarks.peers.setting import Setting
 
+TERMINATED = 143
+
 
 def main() -> int:
     """The command."""
     options = _parser().parse_args()
     if unknown := set(options.contestants) - set(CONTESTANTS):
         _parser().error(f"no contestant: {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # The contestant at work must end with this process.
     rows = make_rows(options.input, options.rows, seed=options.seed)
     with tempfile.TemporaryDirectory(prefix="spanfill-peers-") as temporary:
         folder = Path(temporary)
