@@ -499,5 +499,17 @@ def bench_feed(
         )
 
 
+@bench.command(
+    name="peers",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    epilog="Example: spanfill bench peers --input spans100 --json spans100.json --plot spans100.svg",
+)
+def bench_peers(context: typer.Context) -> None:
+    """spanfill beside bare vLLM, Ray Data LLM, run-batch and transformers; from a clone only, --help tells more."""
+    from jobs.bench import peers
+
+    raise typer.Exit(peers(context.args))
+
+
 if __name__ == "__main__":
     main()

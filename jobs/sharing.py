@@ -1,30 +1,28 @@
-"""How much of its prompts a job could have from a perfect prefix cache."""
+"""How much of a set of prompts a prefix cache can save. Pure."""
 
-from collections.abc import Sequence
-from itertools import takewhile
+import array
+from collections.abc import Iterable, Sequence
 
 
-def ideal_cached_share(prompts: Sequence[Sequence[int]], block_size: int) -> float:
-    """The share of prompt tokens that a cache of whole blocks serves which forgets nothing; 0 where there are none.
+def ideal_cached_share(prompts: Iterable[Sequence[int]], block_size: int) -> float:
+    """The share of all prompt tokens that a perfect, unbounded prefix cache of whole blocks serves, in this order.
 
-    A prompt hits the blocks that earlier prompts began with alike, at most ``(len - 1) // block_size`` of them: the
-    engine computes the last token at least, since it needs its logits.
+    The last token of a prompt is always computed, so a prompt of n tokens hits (n - 1) // ``block_size`` blocks at
+    most. Another order changes the share only where prompts end where a block does.
     """
-    known: set[int] = set()
-    tokens = cached = 0
+    children: dict[tuple[int, bytes], int] = {}
+    hits = tokens = 0
     for prompt in prompts:
-        blocks = _blocks(prompt, block_size)
-        hits = sum(1 for _ in takewhile(known.__contains__, blocks))
-        cached += min(hits, (len(prompt) - 1) // block_size) * block_size if prompt else 0
         tokens += len(prompt)
-        known.update(blocks)
-    return cached / tokens if tokens else 0.0
+        hits += min(_add(children, prompt, block_size), max(0, len(prompt) - 1) // block_size)
+    return hits * block_size / tokens if tokens else 0.0
 
 
-def _blocks(prompt: Sequence[int], size: int) -> list[int]:
-    """One hash a whole block, of the block and all before it."""
-    hashes, parent = [], 0
-    for start in range(0, len(prompt) - size + 1, size):
-        parent = hash((parent, tuple(prompt[start : start + size])))
-        hashes.append(parent)
-    return hashes
+def _add(children: dict[tuple[int, bytes], int], prompt: Sequence[int], block_size: int) -> int:
+    """Put a prompt's whole blocks into the tree; returns how many of them were there, counted from the start."""
+    node = known = 0
+    for start in range(0, len(prompt) - block_size + 1, block_size):
+        key = node, array.array("i", prompt[start : start + block_size]).tobytes()
+        known += key in children
+        node = children.setdefault(key, len(children) + 1)
+    return known

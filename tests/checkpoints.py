@@ -24,10 +24,14 @@ def llama_checkpoint(
     hidden: int = 64,
     layers: int = 2,
     heads: int = 2,
+    intermediate: int | None = None,
     seed: int = 0,
     shard_size: int = 8 << 20,
 ) -> Path:
-    """Write config and float32 weights, sharded; no tokenizer files, as none that load are published."""
+    """Write config and float32 weights, sharded; no tokenizer files, as none that load are published.
+
+    ``intermediate`` is the width of the feed-forward layers, twice ``hidden`` when None.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,7 +41,7 @@ def llama_checkpoint(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        intermediate_size=hidden * 2,
+        intermediate_size=intermediate or hidden * 2,
         initializer_range=0.2,
         **CODEGEN25_CONFIG,
     )

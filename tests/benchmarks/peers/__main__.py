@@ -1,0 +1,136 @@
+"""One table: the same rows, model and limits through every contestant.
+
+    python -m tests.benchmarks.peers --input spans100 --json spans100.json --plot spans100.svg
+    python -m tests.benchmarks.peers --input spans100 --check
+
+Nothing else may run on the machine. ``--check`` compares outputs instead of speeds.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tests.benchmarks.peers.check import PAIR, compare
+from tests.benchmarks.peers.contestant import CONTESTANTS
+from tests.benchmarks.peers.inputs import INPUTS, make_rows, write_rows
+from tests.benchmarks.peers.machine import machine, versions
+from tests.benchmarks.peers.model import SIZES, cached_model
+from tests.benchmarks.peers.report import plot, summarise, table
+from tests.benchmarks.peers.rounds import Attempt, play
+from tests.benchmarks.peers.setting import Setting
+
+TERMINATED = 143
+
+
+def main() -> int:
+    """The command."""
+    options = _parser().parse_args()
+    if unknown := set(options.contestants) - set(CONTESTANTS):
+        _parser().error(f"no contestant: {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # The contestant at work must end with this process.
+    rows = make_rows(options.input, options.rows, seed=options.seed)
+    with tempfile.TemporaryDirectory(prefix="spanfill-peers-") as temporary:
+        folder = Path(temporary)
+        setting = _setting(options, write_rows(rows, folder / "rows.parquet"))
+        about = _about(options, setting, len(rows))
+        if options.check:
+            return _check(options, setting, folder, about)
+        attempts = play(options.contestants, options.rounds, setting, folder, options.timeout)
+    report = about | summarise({name: [a.figures for a in found] for name, found in attempts.items()})
+    _tell(report, options)
+    return 0 if all(found["median"] for found in report["results"].values()) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spanfill bench peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", choices=list(INPUTS), default="spans100")
+    add("--contestants", type=lambda text: text.split(","), default=list(CONTESTANTS), help=", ".join(CONTESTANTS))
+    add("--rounds", type=int, default=3)
+    add("--rows", type=int, default=1_000, help="rows at most; a small number of them holds fewer files")
+    add("--seed", type=int, default=0, help="which files, spans and order of the rows")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add("--context", type=int, default=1_100)
+    add("--max-tokens", type=int, default=16)
+    add("--kv-cache-gib", type=int, default=1)
+    add("--block-size", type=int, default=128, help="of the ideal cached share; vLLM's CPU build has 128")
+    add("--align", type=int, default=None, help="prefix_align of those that align [default: spanfill's]")
+    add("--transformers-rows", type=int, default=20)
+    add("--timeout", type=float, default=7_200.0, help="seconds of one contestant in one round")
+    add("--check", action="store_true", help="compare spanfill's outputs with bare vLLM's in float32 instead")
+    add("--json", type=Path, help="the report with every round's figures")
+    add("--plot", type=Path, help="an .svg or .png file")
+    return parser
+
+
+def _setting(options: argparse.Namespace, rows: Path) -> Setting:
+    return Setting(
+        rows=str(rows),
+        model=str(cached_model()),
+        context=options.context,
+        max_tokens=options.max_tokens,
+        dtype=options.dtype,
+        kv_cache_gib=options.kv_cache_gib,
+        block_size=options.block_size,
+        transformers_rows=options.transformers_rows,
+        align=options.align,
+    )
+
+
+def _about(options: argparse.Namespace, setting: Setting, rows: int) -> dict[str, Any]:
+    """What was asked, where, of which versions; the temporary paths are left out."""
+    told = {key: value for key, value in asdict(setting).items() if key not in ("rows", "model")}
+    arguments = {key: value for key, value in setting.engine_arguments().items() if key != "model"}
+    return {
+        "input": options.input,
+        "rows": rows,
+        "rounds": options.rounds,
+        "seed": options.seed,
+        "command": "spanfill bench peers " + shlex.join(sys.argv[1:]),
+        "setting": told | {"engine_arguments": arguments, "model": SIZES | {"vocabulary": 51_200, "weights": "random"}},
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def _tell(report: dict[str, Any], options: argparse.Namespace) -> None:
+    console = Console(width=150 if not sys.stdout.isatty() else None)
+    console.print(table(report))
+    for part, ratio in report["ratios"].items():
+        console.print(f"{part}: {ratio['of']} / {ratio['to']} = {ratio['rows_per_second']:.2f}", highlight=False)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+    if options.plot:
+        plot(report, options.plot)
+
+
+def _check(options: argparse.Namespace, setting: Setting, folder: Path, about: dict[str, Any]) -> int:
+    setting = replace(setting, dtype="float32", keep_outputs=True)
+    attempts = {name: found[0] for name, found in play(PAIR, 1, setting, folder, options.timeout).items()}
+    if failures := _failures(attempts):
+        print(failures, file=sys.stderr)
+        return 1
+    found = compare(*(attempts[name].outputs for name in PAIR))
+    print(f"{' and '.join(PAIR)} in float32: {found.compared:,} rows compared, {len(found.unequal):,} unequal")
+    if options.json:
+        told = {"setting": about["setting"] | {"dtype": "float32"}, "check": found.as_dict()}
+        options.json.write_text(json.dumps(about | told, indent=1))
+    return 0 if found.equal else 1
+
+
+def _failures(attempts: dict[str, Attempt]) -> str:
+    return "; ".join(f"{name}: {said}" for name, a in attempts.items() if (said := a.figures.get("failure")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

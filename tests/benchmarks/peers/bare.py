@@ -1,0 +1,58 @@
+"""Bare vLLM, ``LLM.generate`` on token ids: in file order with a sliding window, aligned, and aligned and sorted."""
+
+import time
+from typing import Any
+
+from jobs.order import prefix_order, sort_key
+from serving.engine import _sampling_params
+from serving.formats import load_format
+from serving.protocol import Sampling
+from tests.benchmarks.peers.figures import Measured, since_birth, until_stop
+from tests.benchmarks.peers.inputs import FORMAT, Row, make_prompts
+from tests.benchmarks.peers.setting import Setting
+
+
+def run_bare(rows: list[Row], setting: Setting, *, align: int | None, ordered: bool) -> Measured:
+    """Give all rows' prompts to ``LLM.generate`` at once."""
+    prompts = make_prompts(rows, setting, align=align)
+    order = prefix_order([sort_key(prompt) for prompt in prompts]) if ordered else list(range(len(prompts)))
+    llm = _engine(setting)
+    startup, started = since_birth(), time.monotonic()
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompts[row]} for row in order],
+        [_greedy(setting) for _ in order],
+        use_tqdm=False,
+    )
+    busy = time.monotonic() - started
+    stops = load_format(FORMAT).stop_token_ids
+    answers = {row: until_stop(out.outputs[0].token_ids, stops) for row, out in zip(order, outputs, strict=True)}
+    cached = sum(output.num_cached_tokens or 0 for output in outputs)
+    config = llm.llm_engine.vllm_config
+    return Measured(startup, busy, [prompts[row] for row in order], answers, cached, extra=_limits(config))
+
+
+def _engine(setting: Setting) -> Any:
+    from vllm import LLM
+
+    return LLM(**setting.engine_arguments())
+
+
+def _greedy(setting: Setting) -> Any:
+    """The very sampling parameters that spanfill gives its engine."""
+    stops = load_format(FORMAT).stop_token_ids
+    return _sampling_params(Sampling(setting.max_tokens, stop_token_ids=stops), 0)
+
+
+def _limits(config: Any) -> dict[str, Any]:
+    """What vLLM made of its arguments, to be seen beside the figures."""
+    scheduler, cache = config.scheduler_config, config.cache_config
+    return {
+        "block_size": cache.block_size,
+        "kv_cache_bytes": cache.kv_cache_memory_bytes,
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "chunked_prefill": scheduler.enable_chunked_prefill,
+        "prefix_caching": cache.enable_prefix_caching,
+        "enforce_eager": config.model_config.enforce_eager,
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,59 @@
+"""spanfill itself: ``run_job`` with its defaults."""
+
+import tempfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from jobs.order import prefix_order, sort_key
+from jobs.runner import Progress, Watcher, run_job
+from jobs.spec import JobSpec
+from tests.benchmarks.peers.figures import Measured, since_birth
+from tests.benchmarks.peers.inputs import Row, make_prompts
+from tests.benchmarks.peers.setting import Setting
+
+
+class _Start(Watcher):
+    """Remembers when the engine was up."""
+
+    seconds = 0.0
+
+    def update(self, progress: Progress) -> None:
+        """Called several times a second."""
+        if progress.stage == "running" and not self.seconds:
+            self.seconds = since_birth() - progress.seconds
+
+
+def run_spanfill(rows: list[Row], setting: Setting, *, align: int | None) -> Measured:
+    """Run the job on the Parquet file of the rows; its busy seconds are the manifest's ``running_seconds``."""
+    start = _Start()
+    with tempfile.TemporaryDirectory(prefix="spanfill-peers-") as folder:
+        manifest = run_job(_spec(setting, Path(folder, "out"), align), watcher=start)
+        table = pq.read_table(Path(folder, "out", "data"))
+    outputs = dict(enumerate(table["token_ids"].to_pylist())) if setting.keep_outputs else {}
+    prompts = make_prompts(rows, setting, align=align)
+    order = prefix_order([sort_key(prompt) for prompt in prompts])
+    return Measured(
+        start.seconds,
+        manifest["running_seconds"],
+        [prompts[row] for row in order],
+        outputs,
+        manifest["cached_tokens"],
+        output_tokens=manifest["completion_tokens"],
+        errors=manifest["errors"],
+        extra={"seconds": manifest["seconds"], "prompt_tokens": manifest["prompt_tokens"]},
+    )
+
+
+def _spec(setting: Setting, output: Path, align: int | None) -> JobSpec:
+    return JobSpec(
+        input=setting.rows,
+        output=str(output),
+        model=setting.model,
+        dtype=setting.dtype,
+        max_model_len=setting.context,
+        max_tokens=setting.max_tokens,
+        prefix_align=align,
+        engine_args=dict(setting.kv_cache_argument),
+        extra_columns=("token_ids",) if setting.keep_outputs else (),
+    )

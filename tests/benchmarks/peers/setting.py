@@ -1,0 +1,64 @@
+"""What every contestant is given alike: model, limits, dtype, cores, KV cache, engine arguments."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from serving.config import EngineConfig
+from serving.cores import available_cores
+from serving.engine import _engine_args
+
+SPANFILL_ONLY = ("scheduling_policy", "distributed_executor_backend", "enable_log_requests")
+"""What spanfill's engine is given for its own ends; a peer keeps vLLM's defaults."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One table's settings; ``rows`` and ``model`` are paths, ``block_size`` is that of the KV cache."""
+
+    rows: str
+    model: str
+    context: int = 1_100
+    max_tokens: int = 16
+    dtype: str = "bfloat16"
+    kv_cache_gib: int = 1
+    block_size: int = 128
+    transformers_rows: int = 20
+    align: int | None = None
+    """``prefix_align`` of the contestants that align; None is spanfill's default."""
+
+    keep_outputs: bool = False
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment with the KV cache and the cores of every contestant."""
+        return os.environ | {
+            "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, available_cores())),
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        }
+
+    @property
+    def kv_cache_argument(self) -> dict[str, int]:
+        """The KV cache as an engine argument, for spanfill's job."""
+        return {"kv_cache_memory_bytes": self.kv_cache_gib << 30}
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """What spanfill's engine is given on a CPU, less what only spanfill needs, as vLLM's engine arguments."""
+        config = EngineConfig(
+            model=self.model, dtype=self.dtype, max_model_len=self.context, engine_args=dict(self.kv_cache_argument)
+        )
+        arguments = _engine_args(config, on_cpu=True)
+        return {k: v for k, v in arguments.items() if k not in SPANFILL_ONLY and v is not None} | {"seed": 0}
+
+    def dump(self, path: Path) -> None:
+        """Write the setting as JSON."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> "Setting":
+        """Read what ``dump`` wrote."""
+        return cls(**json.loads(path.read_text()))
