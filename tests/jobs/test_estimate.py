@@ -194,7 +194,7 @@ def test_a_finished_job_gives_its_output_tokens_and_its_machine(
     assert (done.code, f"not {'demo-codegen25'}" in done.stderr) == (USAGE, True), done.stderr
     told = json.loads(spanfill(*options, "--like", clean.output, "--calibrate", clean.output).stdout)
     assert told["calibrated"]["gpu"] == str(clean.output)
-    assert told["calibrated"]["predicted_rows_per_second"] == pytest.approx(50, rel=0.05)
+    assert told["calibrated"]["predicted_rows_per_second"] == pytest.approx(50, rel=0.1)
     assert isinstance(Calibration(**told["calibration"]), Calibration)
     clean.interrupt(0)
     done = spanfill(*options, "--calibrate", clean.output)

@@ -97,7 +97,7 @@ def test_show_of_no_rows_says_so(spanfill: Command, tmp_path: Path, options: lis
     done = spanfill("show", job_folder(tmp_path), *options)
     assert done.code == USAGE
     assert "has no finished rows. See how the job stands: spanfill status" in done.stderr
-    assert "-1" not in done.stderr
+    assert "no row -1" not in done.stderr
 
 
 def test_show_of_a_row_beyond_the_last_says_which_there_are(spanfill: Command, tmp_path: Path) -> None:
