@@ -1,4 +1,4 @@
-"""How fast rows flow when the engine costs nothing (the instant engine), and beside other engines (``peers``)."""
+"""How fast rows flow when the engine costs nothing (the instant engine), and the benchmarks of a clone."""
 
 import os
 import random
@@ -16,8 +16,6 @@ from jobs.pairs import standard_library
 from jobs.runner import run_job
 from jobs.spec import JobSpec
 from serving.errors import ConfigError
-
-PEERS = "tests.benchmarks.peers"
 
 
 def feed(*, rows: int, row_bytes: int, replicas: int, feeders: int = 1, seed: int = 0) -> dict[str, Any]:
@@ -66,13 +64,13 @@ def _write_rows(path: Path, rows: int, row_bytes: int, seed: int) -> None:
     pq.write_table(table, path, row_group_size=5_000)
 
 
-def peers(arguments: list[str]) -> int:
-    """Run the comparison with other engines, in a process of its own; returns its exit code.
+def from_clone(module: str, arguments: list[str]) -> int:
+    """Run a benchmark of the tests in a process of its own; returns its exit code.
 
-    Raises ``ConfigError`` outside a clone: the comparison is part of the tests, not of the package.
+    Raises ``ConfigError`` outside a clone: it is not part of the package.
     """
     clone = Path(__file__).resolve().parent.parent
-    if not clone.joinpath(*PEERS.split("."), "__main__.py").is_file():
-        raise ConfigError("bench peers is not part of an installed package.", remedy="Run it from a clone of spanfill.")
+    if not clone.joinpath("tests", "benchmarks").is_dir():
+        raise ConfigError(f"{module} is not part of an installed package.", remedy="Run it from a clone of spanfill.")
     path = os.pathsep.join(filter(None, [str(clone), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, "-m", PEERS, *arguments], env=os.environ | {"PYTHONPATH": path}).returncode
+    return subprocess.run([sys.executable, "-m", module, *arguments], env=os.environ | {"PYTHONPATH": path}).returncode

@@ -499,16 +499,31 @@ def bench_feed(
         )
 
 
+PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
 @bench.command(
     name="peers",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    context_settings=PASSED_ON,
     epilog="Example: spanfill bench peers --input spans100 --json spans100.json --plot spans100.svg",
 )
 def bench_peers(context: typer.Context) -> None:
     """spanfill beside bare vLLM, Ray Data LLM, run-batch and transformers; from a clone only, --help tells more."""
-    from jobs.bench import peers
+    from jobs.bench import from_clone
 
-    raise typer.Exit(peers(context.args))
+    raise typer.Exit(from_clone("tests.benchmarks.peers", context.args))
+
+
+@bench.command(
+    name="align",
+    context_settings=PASSED_ON,
+    epilog="Example: spanfill bench align --json align.json --plot align.svg",
+)
+def bench_align(context: typer.Context) -> None:
+    """What --prefix-align is worth: sharing, speed and quality of the demo model; from a clone only."""
+    from jobs.bench import from_clone
+
+    raise typer.Exit(from_clone("tests.benchmarks.align", context.args))
 
 
 if __name__ == "__main__":

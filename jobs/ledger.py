@@ -14,7 +14,7 @@ from jobs.store import Location, delete, delete_folder, exists, list_files, publ
 from jobs.tally import Tally
 from serving.errors import DamagedStateError, OutputError, StorageError, VersionError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 STATE = "_spanfill"
 JOB_KEYS = {"fingerprint", "beginning", "identity", "spec", "versions"}
 MANIFEST_KEYS = {"rows", "errors", "error_codes", "rows_per_second", "parts", "bytes"}

@@ -23,8 +23,8 @@ def window(
 
     The suffix may use ``suffix_share`` of the room and what the prefix leaves over, and the prefix the rest and what
     the suffix leaves over. A cut prefix starts at a multiple of ``align`` tokens from its text's start, rounded up, so
-    that rows cut from one file share their windows' starts; where ``align`` exceeds a quarter of the prefix's room, the
-    largest power of two that does not is taken, so at least three quarters of that room are used.
+    that rows cut from one file share their windows' starts. Where ``align`` exceeds three quarters of the prefix's
+    room, the largest power of two that does not is taken, so at least a quarter of that room is used.
     """
     share = DEFAULT_SUFFIX_SHARE if suffix_share is None else suffix_share
     suffix_room = max(int(room * share), room - prefix_tokens)
@@ -38,12 +38,8 @@ def window(
 
 
 def _step(align: int, room: int) -> int:
-    if align <= max(1, room // 4):
-        return align
-    step = 1
-    while step * 2 <= room // 4:
-        step *= 2
-    return step
+    most = max(1, room * 3 // 4)
+    return align if align <= most else 1 << (most.bit_length() - 1)
 
 
 def room_for_text(max_context: int, max_tokens: int, control_tokens: int) -> int:

@@ -11,9 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from hypothesis import settings
 
 from jobs.cli import main
 from tests.checkpoints import llama_checkpoint
+
+settings.register_profile("spanfill", deadline=None)
+settings.load_profile("spanfill")  # How long an example takes says how busy the machine is.
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def test_outputs_are_compared_row_for_row() -> None:
     assert not compare({}, {}).equal
 
 
-def test_outside_a_clone_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PEERS", "tests.benchmarks.elsewhere")
+def test_outside_a_clone_the_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "jobs" / "bench.py"))
     with pytest.raises(ConfigError, match="from a clone"):
-        bench.peers([])
+        bench.from_clone("tests.benchmarks.peers", [])

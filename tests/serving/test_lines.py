@@ -1,6 +1,6 @@
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serving import lines as module
@@ -31,7 +31,6 @@ TEXT = st.lists(
 ).map("".join)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(TEXT, max_size=6), max_size=3))
 def test_whatever_was_met_before_the_ids_are_those_of_the_whole_text(batches: list[list[str]]) -> None:
     encoder = LineEncoder(ENCODING)

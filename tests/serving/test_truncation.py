@@ -32,12 +32,18 @@ def test_room_is_not_wasted_without_alignment(prefix: int, suffix: int, room: in
 
 
 @given(st.integers(2_000, 9_000), st.integers(1_024, 2_000), ALIGN)
-def test_a_cut_prefix_starts_at_a_multiple_and_loses_a_quarter_of_its_room_at_most(
+def test_a_cut_prefix_starts_at_a_multiple_and_uses_a_quarter_of_its_room_at_least(
     prefix: int, room: int, align: int
 ) -> None:
     start = window(prefix, 0, room, align=align).prefix_start
-    assert start % min(align, 256 if room >= 1_024 else align) == 0
-    assert prefix - start >= room * 3 // 4 - 1
+    assert start % align == 0
+    assert prefix - start > room - align
+    assert prefix - start >= room // 4
+
+
+def test_an_alignment_beyond_the_room_is_the_largest_power_of_two_that_leaves_a_quarter_of_it() -> None:
+    assert window(1_000, 0, 100, align=512).prefix_start % 64 == 0
+    assert {1_000 - window(1_000 + i, 0, 100, align=512).prefix_start + i for i in range(64)} == set(range(37, 101))
 
 
 def test_cursors_of_one_file_share_their_windows_start() -> None:
