@@ -46,6 +46,10 @@ def feed(*, rows: int, row_bytes: int, replicas: int, feeders: int = 1, seed: in
         "seconds": manifest["running_seconds"],
         "rows_per_second": manifest["rows_per_second"],
         "total_seconds": round(total, 1),
+        "startup_seconds": manifest["startup_seconds"],
+        "cpu_seconds_per_1000_rows": {
+            work: round(seconds / rows * 1_000, 4) for work, seconds in manifest["cpu_seconds"].items()
+        },
     }
 
 

@@ -497,6 +497,8 @@ def bench_feed(
         Console().print(
             f"{result['rows_per_second']:,.0f} rows/s over {rows:,} rows of {row_bytes} bytes (instant engine)"
         )
+        told = ", ".join(f"{work} {seconds:.3f}" for work, seconds in result["cpu_seconds_per_1000_rows"].items())
+        Console().print(f"CPU seconds of 1,000 rows: {told}")
 
 
 PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

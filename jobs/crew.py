@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -115,7 +115,7 @@ class Crew:
 
     def report(self) -> FeederReport:
         """How far the units under way are, of all feeders that answer."""
-        report = FeederReport()
+        report, seconds = FeederReport(), 0.0
         for reference in [seat.feeder.progress.remote() for seat in self._seats]:
             try:
                 part: FeederReport = ray.get(reference, timeout=5)
@@ -124,9 +124,10 @@ class Crew:
             report.units.update(part.units)
             report.examples.extend(part.examples)
             report.said.extend(part.said)
+            seconds += part.cpu_seconds
         if any(tally.rows > tally.replayed for tally in report.units.values()):
             self._deaths = 0
-        return report
+        return replace(report, cpu_seconds=seconds)
 
     def close(self) -> None:
         """End the feeders: one that outlived its job would go on writing."""

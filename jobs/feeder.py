@@ -24,11 +24,12 @@ GC_ALLOCATIONS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class FeederReport:
-    """Sums of the units under way, by index; a few infills; and what must be told, which is told once."""
+    """Sums of the units under way, by index; a few infills; what must be told, which is told once; CPU seconds."""
 
     units: dict[int, Tally] = field(default_factory=dict)
     examples: list[dict[str, str]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class Feeder:
         # What lives as long as the process is not looked through again, and the rows' many lists seldom.
         gc.freeze()
         gc.set_threshold(GC_ALLOCATIONS, 50, 50)
+        self._began = time.process_time()
         self._config = config
         spec = config.spec
         self._format: Format = load_format(config.format, tokenizer_of=config.tokenizer)
@@ -119,7 +121,7 @@ class Feeder:
 
     async def progress(self) -> FeederReport:
         """How far the units under way are."""
-        report = FeederReport()
+        report = FeederReport(cpu_seconds=time.process_time() - self._began)
         for work in self._works.values():
             report.units[work.unit.index] = work.live
             report.examples.extend(work.examples)

@@ -13,6 +13,7 @@ from jobs.gather import gather, inputs_of
 from jobs.job import Job, begun_spec, feeder_config, prepare_job, provenance, refuse_nested_output
 from jobs.lease import Lease
 from jobs.ledger import Ledger, read_manifest
+from jobs.measured import StartUp, cpu_seconds, occupancy
 from jobs.plan import Unit, plan_units
 from jobs.preflight import check_cluster, versions, writing_is_possible
 from jobs.recheck import Recheck, check_inputs
@@ -76,8 +77,10 @@ class _Run:
     watcher: Watcher
     progress: Progress
     recheck: Recheck
+    started: StartUp
     finished: Tally = field(default_factory=Tally)
     ran: float = 0.0
+    told: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise what asks the run to stop: a signal, a lost lease."""
@@ -93,7 +96,7 @@ def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
     ``InputChangedError`` or ``EngineError`` when it cannot go on. What is finished then stays, and running the same
     spec resumes.
     """
-    watcher = watcher or Watcher()
+    watcher, started = watcher or Watcher(), StartUp()
     job = prepare_job(begun_spec(spec, watcher.say))
     refuse_nested_output(job)
     ledger = Ledger(job.output, job.fingerprint)
@@ -102,12 +105,14 @@ def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
             ledger.refuse_others(job.identity, resume=spec.resume, overwrite=spec.overwrite)
             lease = Lease.take(job.output, say=watcher.say, check=signals.check)
         try:
-            return _run(job, ledger, lease, signals, watcher)
+            return _run(job, ledger, lease, signals, watcher, started)
         finally:
             lease.release()
 
 
-def _run(job: Job, ledger: Ledger, lease: Lease, signals: Signals, watcher: Watcher) -> dict[str, Any]:
+def _run(
+    job: Job, ledger: Ledger, lease: Lease, signals: Signals, watcher: Watcher, startup: StartUp
+) -> dict[str, Any]:
     started = time.monotonic()
     job, units, begun = _plan(job, ledger, watcher)
     done = ledger.done()
@@ -121,7 +126,8 @@ def _run(job: Job, ledger: Ledger, lease: Lease, signals: Signals, watcher: Watc
         ledger.withdraw_manifest()
     lease.tell(total=progress.total, rows=progress.resumed_rows, rows_per_second=0.0, error_codes={})
     recheck = Recheck(ledger, earlier)
-    run = _Run(job, ledger, lease, signals, watcher, progress, recheck)
+    startup.reached("plan")
+    run = _Run(job, ledger, lease, signals, watcher, progress, recheck, startup)
     try:
         while left or _redo(run, left, recheck.wait(run.check)):
             _feed(run, left)
@@ -191,6 +197,7 @@ def _redo(run: _Run, left: deque[Unit], damaged: list[Unit]) -> bool:
 def _feed(run: _Run, left: deque[Unit]) -> None:
     job, spec = run.job, run.job.spec
     with fleet.connected() as embedded:
+        run.started.reached("ray")
         told = feeder_config(job, beginning=run.ledger.beginning, lease=run.lease.number)
         crew = Crew(told, spec.feeders, left, job.inputs.files)
         try:
@@ -209,10 +216,15 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
     replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
     service = fleet.join_or_start(job.engine, replicas, embedded=embedded, say=watcher.say, check=run.check)
     try:
+        run.started.reached("engine")
         route, units = _route(service, spec)
         crew.attach(DEPLOYMENT, service.name, route, units=units)
         run.progress.stage = "running"
+        before, ran = service.stats(), run.ran
         _watch(run, crew, left, service)
+        after = service.stats()
+        busy = occupancy(service.info, before, after, run.ran - ran, run.finished)
+        run.told = {"engines": busy, "cpu_seconds": cpu_seconds(crew.report().cpu_seconds, before, after, run.finished)}
     finally:
         service.release()
 
@@ -252,6 +264,8 @@ def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> No
 def _tell(run: _Run, crew: Crew) -> None:
     """Bring the progress up to date and show it; the lease carries it to whoever asks for the job's status."""
     report, progress = crew.report(), run.progress
+    if progress.fresh_rows:
+        run.started.reached("first rows")
     tally = Tally().add(run.finished)
     for part in report.units.values():
         tally.add(part)
@@ -301,6 +315,8 @@ def _commit(run: _Run, units: list[Unit], seconds: float) -> dict[str, Any]:
         "running_seconds": round(running, 3),
         "rows_per_second": round((fresh.rows - fresh.replayed) / running, 3) if running else 0.0,
         "output_tokens_per_second": round(_fresh_tokens(fresh) / running, 3) if running else 0.0,
+        "startup_seconds": run.started.seconds,
+        **run.told,
         "prompt_tokens": total.prompt_tokens,
         "completion_tokens": total.completion_tokens,
         "cached_tokens": total.cached_tokens,

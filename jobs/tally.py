@@ -1,6 +1,11 @@
 """Sums over rows: what progress, reports and the manifest tell."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+
+from serving.threads import pool_seconds
 
 LEAST_ROWS = 100
 
@@ -12,7 +17,7 @@ class Tally:
     ``replayed`` counts the rows among ``rows`` that came from the journal, ``prepared`` those whose prompt was made or
     could not be made, ``refused`` the latter: no engine ever saw them. ``ideal_tokens`` is what ``cached_tokens`` would
     be with a prefix cache that forgets nothing within a unit; ``twins`` are rows that took another's answer because
-    their prompt and seeds were the same.
+    their prompt and seeds were the same. ``cpu_seconds`` are the feeder's, by what it did.
     """
 
     rows: int = 0
@@ -30,6 +35,7 @@ class Tally:
     empty: int = 0
     repeated_ids: int = 0
     seconds: float = 0.0
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
     finish_reasons: dict[str, int] = field(default_factory=dict)
     error_codes: dict[str, int] = field(default_factory=dict)
     replicas: dict[str, int] = field(default_factory=dict)
@@ -39,8 +45,8 @@ class Tally:
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if isinstance(mine, dict):
-                for key, count in theirs.items():
-                    mine[key] = mine.get(key, 0) + count
+                for key, more in theirs.items():
+                    mine[key] = mine.get(key, 0) + more
             else:
                 setattr(self, f.name, mine + theirs)
         return self
@@ -60,3 +66,13 @@ class Tally:
 def count(counts: dict[str, int], key: str) -> None:
     """One more of ``key``."""
     counts[key] = counts.get(key, 0) + 1
+
+
+@contextmanager
+def timed(tally: Tally, work: str) -> Iterator[None]:
+    """Count the CPU time that this thread, and the tokenizer's threads, use in the block."""
+    started = time.thread_time() + pool_seconds()
+    try:
+        yield
+    finally:
+        tally.cpu_seconds[work] = tally.cpu_seconds.get(work, 0.0) + time.thread_time() + pool_seconds() - started

@@ -17,7 +17,7 @@ from jobs.reader import UnitReader, check_untouched, origins, texts
 from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, row_untils, to_samples
 from jobs.spec import ROLES, JobSpec
 from jobs.store import Location, exists, patient
-from jobs.tally import Tally, count
+from jobs.tally import Tally, count, timed
 from jobs.writer import error_columns, part_writer, passed_through
 from serving.errors import InputChangedError
 from serving.formats import Format, Prompt
@@ -83,9 +83,14 @@ class UnitWork:
             self._wanted = self._error_rows(self.unit.retries)
         digests = self._replay()
         digest, ids = InputDigest(self._digested), set[Any]()
-        for batch in reader.read(self._file, self.unit):
-            digest.add(batch)
-            self._prepare_batch(batch, ids)
+        batches = reader.read(self._file, self.unit)
+        while True:
+            with timed(self.live, "read"):
+                if (batch := next(batches, None)) is None:
+                    break
+                digest.add(batch)
+            with timed(self.live, "tokenize"):
+                self._prepare_batch(batch, ids)
         if self.unit.rows:
             check_untouched(self._config.input, self._file)
         self._digest = digest.hexdigest()
@@ -165,6 +170,10 @@ class UnitWork:
 
         Blocks of its prefix cache hold ``block_size`` tokens. Rows with the same prompt and seeds are sent once.
         """
+        with timed(self.live, "order"):
+            return self._groups(block_size)
+
+    def _groups(self, block_size: int) -> list[list[list[int]]]:
         keys = [b"" if prompt is None else sort_key(prompt) for prompt in self._prompts]
         prompts = [row for row, prompt in enumerate(self._prompts) if prompt is not None]
         order = [prompts[i] for i in prefix_order([keys[row] for row in prompts])]
@@ -254,6 +263,12 @@ class UnitWork:
         The rows are read a second time; raises ``InputChangedError`` if they are others now, ``StorageError`` if
         something cannot be written.
         """
+        with timed(self.live, "write"):
+            tally = self._finish()
+        tally.cpu_seconds = self.live.cpu_seconds
+        return tally
+
+    def _finish(self) -> Tally:
         check_lease(self._config.output, self._config.lease)
         theirs = self._ledger.read_report(self.unit.index) if exists(self._ledger.part(self.unit.index)) else None
         if theirs is not None:

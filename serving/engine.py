@@ -16,6 +16,7 @@ from typing import Any
 from serving.config import EngineConfig
 from serving.cores import available_cores
 from serving.errors import ConfigError, EngineDeadError, EngineError
+from serving.occupancy import Occupancy
 from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
 from serving.stopping import StopWatch
 from serving.watching import clip, stop_watches
@@ -362,6 +363,7 @@ class _Counters:
 
     def __init__(self) -> None:
         self.stats = EngineStats()
+        self._occupancy = Occupancy()
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> Any:
         from vllm.v1.metrics.loggers import StatLoggerBase
@@ -382,6 +384,8 @@ class _Counters:
 
     def add(self, scheduler: Any, iteration: Any) -> None:
         before = self.stats
+        if scheduler:
+            self._occupancy.tell(scheduler.num_running_reqs)
         self.stats = EngineStats(
             running=scheduler.num_running_reqs if scheduler else before.running,
             waiting=scheduler.num_waiting_reqs if scheduler else before.waiting,
@@ -391,4 +395,6 @@ class _Counters:
             prefix_cache_hits=before.prefix_cache_hits + (scheduler.prefix_cache_stats.hits if scheduler else 0),
             output_tokens=before.output_tokens + (iteration.num_generation_tokens if iteration else 0),
             steps=before.steps + 1,
+            busy_seconds=self._occupancy.busy_seconds,
+            row_seconds=self._occupancy.row_seconds,
         )

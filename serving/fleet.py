@@ -1,6 +1,5 @@
 """The replicas of a cluster as a job sees them: connect, join or start, watch, release."""
 
-import asyncio
 import logging
 import os
 import signal
@@ -9,12 +8,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serving.app import DEPLOYMENT, build, place
@@ -29,6 +29,7 @@ PRIVATE_PREFIX = "spanfill-run-"
 RESOURCE_WAIT_SECONDS = 60.0
 KNOCK_SECONDS = 10.0
 LOOK_SECONDS = 2.0
+STATS_SECONDS = 5.0
 QUIET_SECONDS = 30.0
 """A job whose rows have not grown for this long asks whether its engines run."""
 
@@ -102,10 +103,14 @@ class Fleet:
     guarded: bool = False
     vigil: "Vigil" = field(default_factory=lambda: Vigil())
 
-    async def stats(self, replicas: int) -> dict[str, EngineStats]:
-        """Readings by replica; asks twice as often as there are replicas, since Serve chooses who answers."""
-        answers = await asyncio.gather(*(self.handle.stats.remote() for _ in range(2 * replicas)))
-        return dict(answers)
+    def stats(self) -> dict[str, EngineStats]:
+        """A reading of each replica that answers at once, by its name."""
+        asked = [self.handle.stats.remote(lane) for lane in range(self.replicas)]
+        found: dict[str, EngineStats] = {}
+        for answer in asked:
+            with suppress(RayError, TimeoutError, RayServeException):
+                found |= dict([answer.result(timeout_s=STATS_SECONDS)])
+        return found
 
     def watch(self, rows: int, say: Callable[[str], None]) -> None:
         """Tell the cluster that the job is alive and, when its ``rows`` do not grow, look whether an engine still runs.

@@ -105,7 +105,11 @@ class MicroBatchResult:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One reading of an engine; ``steps`` and the token counters only grow while it lives."""
+    """One reading of an engine; ``steps``, tokens and seconds only grow while it lives.
+
+    ``busy_seconds`` are those with a row running, ``row_seconds`` the running rows added up over time, ``cpu_seconds``
+    those of the replica's process, where the engine has processes of its own without theirs.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -114,6 +118,9 @@ class EngineStats:
     prefix_cache_hits: int = 0
     output_tokens: int = 0
     steps: int = 0
+    busy_seconds: float = 0.0
+    row_seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

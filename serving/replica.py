@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from dataclasses import replace
 
 from ray import serve
 
@@ -87,9 +88,9 @@ class Replica:
     def _hang(self) -> EngineHungError:
         return EngineHungError(self._hung.result(), remedy="Its replica is started again.")
 
-    async def stats(self) -> tuple[str, EngineStats]:
-        """This replica's name and its engine's latest reading."""
-        return self._name, self._engine.stats()
+    async def stats(self, lane: int = 0) -> tuple[str, EngineStats]:
+        """This replica's name and its engine's latest reading; ``lane`` is for the router."""
+        return self._name, replace(self._engine.stats(), cpu_seconds=time.process_time())
 
     async def describe(self) -> tuple[str, EngineInfo]:
         """The fingerprint of the engine's configuration, and what the engine is."""

@@ -1,4 +1,4 @@
-"""Which replica answers a call: the one that the micro-batch's lane names, so that its prefix cache is met again."""
+"""Which replica answers a call: the one of the lane that its first argument names, whose prefix cache is met again."""
 
 import random
 
@@ -23,5 +23,5 @@ class LaneRouter(RequestRouter):  # type: ignore[misc]
 
 
 def _lane(pending: PendingRequest | None) -> int | None:
-    batch = pending.args[0] if pending is not None and pending.args else None
-    return batch.lane if isinstance(batch, MicroBatch) else None
+    asked = pending.args[0] if pending is not None and pending.args else None
+    return asked.lane if isinstance(asked, MicroBatch) else asked if isinstance(asked, int) else None

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from serving.config import EngineConfig, RooflineConfig
 from serving.engine import installed_version
 from serving.errors import EngineDeadError
+from serving.occupancy import Occupancy
 from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
 from serving.roofline import step_seconds
 from serving.watching import clip, stop_watches
@@ -49,6 +50,7 @@ class SimulatedEngine:
         self._roofline = roofline
         self._scale = roofline.time_scale
         self._instant = config.kind == "instant"
+        self._occupancy = Occupancy()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._dead: EngineDeadError | None = None
@@ -125,10 +127,12 @@ class SimulatedEngine:
                 await self._wake.wait()
                 due = time.perf_counter()
             due += self._scheduler.step() / self._scale
+            self._occupancy.tell(len(self._scheduler.running))
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             if self._hung:
                 await asyncio.Event().wait()
             self._scheduler.finish_step()
+            self._occupancy.tell(len(self._scheduler.running))
             self._steps += 1
 
     def stats(self) -> EngineStats:
@@ -142,6 +146,8 @@ class SimulatedEngine:
             s.hits,
             self._output_tokens,
             self._steps,
+            self._occupancy.busy_seconds,
+            self._occupancy.row_seconds,
         )
 
     async def check_health(self) -> None:
