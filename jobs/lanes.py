@@ -16,6 +16,10 @@ SMALLEST = 8
 MOST_WINDOWS = 4
 """Times its first size that a lane's window may grow to."""
 
+LARGEST = 512
+CALL_SECONDS = 0.25
+"""A call carries several micro-batches, up to ``LARGEST`` rows, where an engine does them in less time than this."""
+
 MEMORY_SECONDS = 60.0
 """How far back a lane's speed is measured, weights falling with e."""
 
@@ -109,6 +113,8 @@ class Lanes:
             return None
         queue, run, last = found
         batch = run.pop() if last else run.popleft()
+        while run and len(batch) + len(run[-1 if last else 0]) <= room:
+            batch = run.pop() + batch if last else batch + run.popleft()
         if room < len(batch):
             (run.append if last else run.appendleft)(batch[room:])
             batch = batch[:room]
@@ -130,15 +136,16 @@ class Lanes:
         return None
 
     def _room(self, state: _Lane) -> int:
-        """Rows that the lane may take: all, until so few are left that a slow one would be late with them."""
+        """Rows that the lane may take: a call's, until so few are left that a slow one would be late with them."""
         now, speeds = self._clock(), [lane.speed for lane in self._lanes]
+        call = max(self._batch_rows, min(LARGEST, int(state.speed * CALL_SECONDS)))
         flying = sum(lane.left(now) for lane in self._lanes)
-        if not all(speeds) or self._waiting > 2 * flying + self._batch_rows:
-            return self._batch_rows
+        if not all(speeds) or self._waiting > 2 * flying + call:
+            return call
         seconds = (self._waiting + flying) / sum(speeds)
         fair = int(seconds * state.speed - state.left(now))
         if fair >= SMALLEST:
-            return min(fair, self._batch_rows)
+            return min(fair, call)
         return 0 if state.rows else SMALLEST
 
     def settle(self, ticket: Ticket, *, answered: bool, waiting: int | None = None) -> None:

@@ -52,7 +52,8 @@ def test_a_group_stays_in_one_lane_in_order() -> None:
 
 
 def test_the_window_bounds_what_is_in_flight_and_follows_the_engines_queue() -> None:
-    lanes = Lanes(1, 2, 4)
+    now = itertools.count()
+    lanes = Lanes(1, 2, 4, clock=lambda: float(next(now)))
     lanes.add(0, groups_of([[4] * 100]))
     first, second = lanes.take(0), lanes.take(0)
     assert first
@@ -65,6 +66,22 @@ def test_the_window_bounds_what_is_in_flight_and_follows_the_engines_queue() -> 
     assert lanes.take(0) is None
     lanes.settle(second, answered=True, waiting=100)
     assert lanes.take(0) is None, "much waited: two are enough"
+
+
+def test_a_fast_engine_gets_several_micro_batches_in_one_call() -> None:
+    now = 0.0
+    lanes = Lanes(1, 1, 8, clock=lambda: now)
+    lanes.add(0, groups_of([[8] * 200]))
+    sizes = []
+    for _ in range(4):
+        ticket = lanes.take(0)
+        assert ticket
+        assert ticket.rows == sorted(ticket.rows)
+        sizes.append(len(ticket.rows))
+        now += 0.01
+        lanes.settle(ticket, answered=True)
+    assert sizes[0] == 8
+    assert sizes[-1] > 100
 
 
 def test_what_waits_of_a_dropped_unit_is_forgotten() -> None:
