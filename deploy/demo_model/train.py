@@ -2,7 +2,7 @@
 
     python deploy/demo_model/train.py --stage mixed --steps 4548 --seed 0 --checkpoints A
     python deploy/demo_model/train.py --export --checkpoints A --output MIXED
-    python deploy/demo_model/train.py --stage lines --steps 1200 --seed 1 --checkpoints B --from MIXED
+    python deploy/demo_model/train.py --stage lines --steps 2500 --seed 1 --checkpoints B --from MIXED
     python deploy/demo_model/train.py --export --checkpoints B --output serving/data/demo-codegen25
 
 Each command goes on from its latest checkpoint; SIGTERM and Ctrl-C save one. What a step learns from depends on seed
