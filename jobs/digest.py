@@ -23,7 +23,7 @@ class InputDigest:
     def add(self, batch: pa.RecordBatch) -> None:
         """Go on with the next rows."""
         for name, (lengths, content) in self._hashes.items():
-            values = _binary(batch.column(name))
+            values = as_bytes(batch.column(name))
             lengths.update(pc.fill_null(pc.binary_length(values), -1).to_numpy(zero_copy_only=False).tobytes())
             content.update(_bytes(values.drop_null()))
 
@@ -36,7 +36,8 @@ def _hash(text: str) -> "hashlib.blake2b":
     return hashlib.blake2b(text.encode(), digest_size=16)
 
 
-def _binary(column: pa.Array) -> pa.Array:
+def as_bytes(column: pa.Array) -> pa.Array:
+    """A column of any kind of text, or of numbers as text, as large binary."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_string_view(column.type):

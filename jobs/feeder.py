@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from jobs.dispatch import Call, Dispatcher
 from jobs.lanes import Lanes, Ticket
@@ -11,7 +13,6 @@ from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader
 from jobs.tally import Tally
 from jobs.unit import FeederConfig, UnitWork
-from serving.errors import SpanfillError
 from serving.formats import Format, load_format
 from serving.protocol import MicroBatch, MicroBatchResult, Sampling
 
@@ -60,9 +61,15 @@ class Flight:
         if self.left == 0 and not self.done.done():
             self.done.set_result(None)
 
-    def fail(self, error: SpanfillError) -> None:
-        """Give the unit up."""
-        if not self.done.done():
+    def send(self, sending: Coroutine[Any, Any, None]) -> None:
+        """Answer some of its rows beside others; whatever that raises gives the unit up."""
+        task = asyncio.create_task(sending)
+        self.sends.add(task)
+        task.add_done_callback(self._sent)
+
+    def _sent(self, task: "asyncio.Task[None]") -> None:
+        self.sends.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self.done.done():
             self.done.set_exception(error)
 
 
@@ -176,9 +183,9 @@ class Feeder:
 
     async def _answer(self, work: UnitWork) -> None:
         """Let the lanes work off a unit, and journal what is answered meanwhile."""
+        groups = await asyncio.to_thread(work.groups, self._block_size)
         if self._stopping:
             return
-        groups = await asyncio.to_thread(work.groups, self._block_size)
         flight = Flight(work, sum(len(batch) for group in groups for batch in group))
         self._flights[work.unit.index] = flight
         self._lanes.add(work.unit.index, groups)
@@ -207,9 +214,7 @@ class Feeder:
                 if ticket := self._lanes.take(lane):
                     more = True
                     flight = self._flights[ticket.unit]
-                    task = asyncio.create_task(self._send(flight, ticket))
-                    flight.sends.add(task)
-                    task.add_done_callback(flight.sends.discard)
+                    flight.send(self._send(flight, ticket))
 
     async def _send(self, flight: Flight, ticket: Ticket) -> None:
         assert self._dispatcher is not None
@@ -218,17 +223,13 @@ class Feeder:
             self._lanes.settle(ticket, answered=False)
             self._pump()
 
-        try:
-            requests = flight.work.requests(ticket.rows)
-            answers = await self._dispatcher.send(requests, self._sampling, lane=ticket.lane, suspected=suspected)
-            for answer in answers:
-                flight.work.answer(answer.result, replica=answer.replica, attempts=answer.attempts)
-            self._lanes.settle(ticket, answered=bool(answers), waiting=answers[-1].waiting if answers else None)
-        except SpanfillError as error:
-            flight.fail(error)
-        else:
-            flight.land(len(ticket.rows))
-            self._pump()
+        requests = flight.work.requests(ticket.rows)
+        answers = await self._dispatcher.send(requests, self._sampling, lane=ticket.lane, suspected=suspected)
+        for answer in answers:
+            flight.work.answer(answer.result, replica=answer.replica, attempts=answer.attempts)
+        self._lanes.settle(ticket, answered=bool(answers), waiting=answers[-1].waiting if answers else None)
+        flight.land(len(ticket.rows))
+        self._pump()
 
     async def _keep_journal(self, work: UnitWork) -> None:
         while True:

@@ -12,8 +12,10 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.digest import as_bytes
+from jobs.ledger import STATE
 from jobs.plan import InputFile, Unit
-from jobs.reader import ORIGIN_FILE, ORIGIN_ROW, InputSet, UnitReader, find_input, is_text
+from jobs.reader import ORIGIN_FILE, ORIGIN_ROW, InputSet, UnitReader, find_input, inputs_at, is_text
 from jobs.spec import JobSpec
 from jobs.store import Location, exists, publish
 from serving.errors import StorageError
@@ -31,12 +33,12 @@ def inputs_of(spec: JobSpec, output: Location) -> InputSet:
     """
     copy = _copy(output)
     if spec.order == "global" and exists(copy):
-        return find_input(str(copy), patience=spec.store_patience)
+        return inputs_at(copy, named=str(copy))
     return find_input(spec.input, patience=spec.store_patience)
 
 
 def _copy(output: Location) -> Location:
-    return output.join("_spanfill", "gathered.parquet")
+    return output.join(STATE, "gathered.parquet")
 
 
 def gather(spec: JobSpec, fmt: Format, inputs: InputSet, output: Location) -> None:
@@ -64,7 +66,8 @@ def gather(spec: JobSpec, fmt: Format, inputs: InputSet, output: Location) -> No
 
 def _keys(spec: JobSpec, fmt: Format, schema: pa.Schema) -> str:
     roles = [spec.column(role) for role in fmt.text_order]
-    return ", ".join(f'"{name}"' for name in [*(r for r in roles if r in schema.names), ORIGIN_FILE, ORIGIN_ROW])
+    names = [*(role for role in roles if role in schema.names), ORIGIN_FILE, ORIGIN_ROW]
+    return ", ".join('"' + name.replace('"', '""') + '"' for name in names)
 
 
 def _rows(inputs: InputSet, schema: pa.Schema, limit: int | None) -> Iterator[pa.RecordBatch]:
@@ -79,11 +82,10 @@ def _rows(inputs: InputSet, schema: pa.Schema, limit: int | None) -> Iterator[pa
 
 
 def _with_origin(batch: pa.RecordBatch, schema: pa.Schema, file: InputFile, first: int) -> pa.RecordBatch:
-    columns = [batch.column(name).cast(schema.field(name).type) for name in batch.schema.names]
+    columns = [batch.column(name) for name in batch.schema.names]
     columns.append(pa.array([file.name] * batch.num_rows))
     columns.append(pa.array(range(first, first + batch.num_rows)))
-    kinds = _sortable(schema)
-    return pa.record_batch([_bytes(c, f.type) for c, f in zip(columns, kinds, strict=True)], schema=kinds)
+    return pa.record_batch([as_bytes(c) if is_text(c.type) else c for c in columns], schema=_sortable(schema))
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
@@ -95,10 +97,6 @@ def _plain(schema: pa.Schema) -> pa.Schema:
 def _sortable(schema: pa.Schema) -> pa.Schema:
     """Text as bytes: DuckDB refuses text that is not UTF-8, and a bad row is to become an error row."""
     return pa.schema([f.with_type(pa.large_binary()) if is_text(f.type) else f for f in schema])
-
-
-def _bytes(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    return column.cast(kind) if column.type != kind else column
 
 
 def _restored(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

@@ -137,7 +137,7 @@ class Ledger:
             delete_folder(folder)
         for name in ("reports", "journal", "damaged", "retried"):
             delete_folder(self._state(name))
-        for name in ("plan.arrow", "inputs.json", "job.json"):
+        for name in ("plan.arrow", "inputs.json", "gathered.parquet", "job.json"):
             delete(self._state(name))
 
     def _remove_temporaries(self) -> None:

@@ -58,7 +58,11 @@ def find_input(uri: str, *, patience: float = PATIENCE_SECONDS) -> InputSet:
     it is written is no glob. Raises ``InputError`` naming the file when there is none, when one is not Parquet or
     damaged, or when two differ in their columns' names or types.
     """
-    root = locate(uri, patience=patience)
+    return inputs_at(locate(uri, patience=patience), named=uri)
+
+
+def inputs_at(root: Location, *, named: str) -> InputSet:
+    """As ``find_input``, of a location; ``named`` is what an error calls it."""
     infos, base, ignored = _list(root)
     files, schema = [], None
     for file, found in _footers(root, infos, base):
@@ -71,7 +75,7 @@ def find_input(uri: str, *, patience: float = PATIENCE_SECONDS) -> InputSet:
     if schema is None:
         seen = f" ({len(ignored)} other files were seen)" if ignored else ""
         raise InputError(
-            f"{uri}: no Parquet file is there{seen}.",
+            f"{named}: no Parquet file is there{seen}.",
             remedy="Give a file, a folder or a glob of .parquet files (** goes down into folders).",
         )
     return InputSet(root, tuple(files), schema, tuple(ignored))

@@ -71,3 +71,10 @@ def test_a_replica_meets_a_files_rows_again(shuffled: Path, tmp_path: Path) -> N
     manifest, _ = run(shuffled, tmp_path / "out", rows_per_part=1_000, order="global")
     assert len(manifest["replicas"]) == 2
     assert manifest["cached_tokens"] >= 0.95 * manifest["tally"]["ideal_tokens"]
+
+
+def test_a_job_begun_anew_gathers_its_new_input(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        pq.write_table(pa.table({"prefix": [f"{text} b", f"{text} a"], "suffix": ["", ""]}), tmp_path / "rows.parquet")
+        _, infills = run(tmp_path / "rows.parquet", tmp_path / "out", order="global", overwrite=True)
+        assert sorted(prefix for prefix, _, _ in infills.values()) == [f"{text} a", f"{text} b"]

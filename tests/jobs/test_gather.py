@@ -1,0 +1,53 @@
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.gather import gather, inputs_of
+from jobs.reader import ORIGIN_FILE, ORIGIN_ROW
+from jobs.spec import JobSpec
+from jobs.store import locate
+from serving.formats import load_format
+from tests.conftest import WriteRows
+
+PREFIXES = ["b", "a", "b2", "a", None, "é", "a\x00"]
+
+
+def gathered(source: Path, output: Path, **more: Any) -> pa.Table:
+    spec = JobSpec(input=str(source), output=str(output), order="global", **more)
+    inputs = inputs_of(spec, locate(str(output)))
+    gather(spec, load_format("codegen25"), inputs, locate(str(output)))
+    found = inputs_of(spec, locate(str(output)))
+    return pq.read_table(found.files[0].path)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str
+)
+def test_rows_are_sorted_by_their_prompts_beginning_whatever_holds_the_text(
+    kind: pa.DataType, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    text = pa.array(PREFIXES)
+    column = text.dictionary_encode() if pa.types.is_dictionary(kind) else text.cast(kind)
+    source = write_rows(id=range(7), prefix=column, **{'odd "name"': [1.5] * 7})
+    found = gathered(source, tmp_path / "out")
+    rows = found.column(ORIGIN_ROW).to_pylist()
+    assert rows == [1, 3, 6, 0, 2, 5, 4]
+    assert found.column("prefix").to_pylist() == [PREFIXES[row] for row in rows]
+    assert found.column("id").to_pylist() == rows
+    assert set(found.column(ORIGIN_FILE).to_pylist()) == {"rows.parquet"}
+
+
+def test_text_that_is_not_utf8_stays_as_it_is(write_rows: WriteRows, tmp_path: Path) -> None:
+    offsets, data = pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0])), pa.py_buffer(b"b\xff")
+    broken = pa.Array.from_buffers(pa.string(), 2, [None, offsets, data])
+    found = gathered(write_rows(prefix=broken), tmp_path / "out")
+    assert found.column("prefix").cast(pa.large_binary()).to_pylist() == [b"b", b"\xff"]
+
+
+def test_a_limit_and_a_column_with_quotes_in_its_name(write_rows: WriteRows, tmp_path: Path) -> None:
+    source = write_rows(**{'the "text"': ["c", "b", "a"]})
+    found = gathered(source, tmp_path / "out", columns={"prefix": 'the "text"'}, limit=2)
+    assert found.column('the "text"').to_pylist() == ["b", "c"]
