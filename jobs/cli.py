@@ -501,31 +501,28 @@ def bench_feed(
         Console().print(f"CPU seconds of 1,000 rows: {told}")
 
 
-PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+def _clone_benchmark(name: str, about: str, example: str) -> None:
+    """Add a benchmark that is part of a clone, not of the package; its own ``--help`` tells its options."""
+
+    def passed_on(context: typer.Context) -> None:
+        from jobs.bench import from_clone
+
+        raise typer.Exit(from_clone(f"tests.benchmarks.{name}", context.args))
+
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    bench.command(name=name, help=about, context_settings=settings, epilog=f"Example: {example}")(passed_on)
 
 
-@bench.command(
-    name="peers",
-    context_settings=PASSED_ON,
-    epilog="Example: spanfill bench peers --input spans100 --json spans100.json --plot spans100.svg",
+_clone_benchmark(
+    "peers",
+    "spanfill beside bare vLLM, Ray Data LLM, run-batch and transformers; from a clone only, --help tells more.",
+    "spanfill bench peers --input spans100 --json spans100.json --plot spans100.svg",
 )
-def bench_peers(context: typer.Context) -> None:
-    """spanfill beside bare vLLM, Ray Data LLM, run-batch and transformers; from a clone only, --help tells more."""
-    from jobs.bench import from_clone
-
-    raise typer.Exit(from_clone("tests.benchmarks.peers", context.args))
-
-
-@bench.command(
-    name="align",
-    context_settings=PASSED_ON,
-    epilog="Example: spanfill bench align --json align.json --plot align.svg",
+_clone_benchmark(
+    "align",
+    "What --prefix-align is worth: sharing, speed and quality of the demo model; from a clone only.",
+    "spanfill bench align --json align.json --plot align.svg",
 )
-def bench_align(context: typer.Context) -> None:
-    """What --prefix-align is worth: sharing, speed and quality of the demo model; from a clone only."""
-    from jobs.bench import from_clone
-
-    raise typer.Exit(from_clone("tests.benchmarks.align", context.args))
 
 
 if __name__ == "__main__":

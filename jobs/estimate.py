@@ -156,14 +156,15 @@ def _gpu_line(
         )  # fmt: skip
     except ModelError as error:
         return Line(gpu.name, precision, fits=False, why=error.message)
-    predicted = wish.fraction * steady_rows_per_second(roofline, load)
+    steady = steady_rows_per_second(roofline, load)
+    predicted = wish.fraction * steady
     line = Line(
         gpu.name,
         precision,
         fits=True,
         batch=batch_size(roofline, load),
         bound_rows_per_second=_bound(roofline, load) / size,
-        steady_rows_per_second=steady_rows_per_second(roofline, load) / size,
+        steady_rows_per_second=steady / size,
         predicted_rows_per_second=predicted / size,
     )
     price = (wish.prices or {}).get(gpu.name)

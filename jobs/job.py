@@ -8,14 +8,23 @@ import pyarrow as pa
 
 from jobs.ledger import FORMAT_VERSION, STATE, read_job
 from jobs.preflight import versions
-from jobs.reader import ERROR_COLUMNS, ORIGIN_FILE, ORIGIN_ROW, OUTPUT_COLUMNS, InputSet, check_columns, find_input
+from jobs.reader import (
+    ERROR_COLUMNS,
+    ORIGIN_FILE,
+    ORIGIN_ROW,
+    OUTPUT_COLUMNS,
+    InputSet,
+    check_kept,
+    check_roles,
+    find_input,
+)
 from jobs.spec import ROLES, JobSpec, fingerprint
 from jobs.store import Location, exists, is_file, locate
 from jobs.unit import FeederConfig
 from serving.config import EngineConfig
 from serving.engine import check_engine_args
 from serving.errors import OutputError
-from serving.formats import load_format
+from serving.formats import Format, load_format
 from serving.models import Model, resolve_model
 from serving.weights import resolve_revision, weights_identity
 
@@ -75,18 +84,24 @@ def prepare_job(spec: JobSpec) -> Job:
         tensor_parallel_size=spec.tensor_parallel_size,
         engine_args=spec.engine_args,
     )
-    fmt = load_format(model.format, tokenizer_of=spec.model)
-    fmt.check_budget(spec.max_tokens, engine.max_model_len)
+    _, inputs = open_input(spec, model.format, engine.max_model_len)
+    kept = spec.keep_columns if spec.keep_columns is not None else inputs.schema.names
+    check_kept(inputs.schema, kept, added=[*OUTPUT_COLUMNS, *spec.extra_columns, *ERROR_COLUMNS])
+    files = [{"name": f.name, "rows": f.rows, "size": f.size, "footer": f.digest} for f in inputs.files]
+    identity = spec.infill_identity(engine, weights_identity(model, engine.revision), model.format, files)
+    return Job(spec, model, engine, inputs, output, model.format, identity)
+
+
+def open_input(spec: JobSpec, format_name: str, max_model_len: int) -> tuple[Format, InputSet]:
+    """A job's format and input files, found to suit each other; raises a ``UsageError``."""
+    fmt = load_format(format_name, tokenizer_of=spec.model)
+    fmt.check_budget(spec.max_tokens, max_model_len)
     inputs = find_input(spec.input, patience=spec.store_patience)
     if spec.column("suffix") in inputs.schema.names:
         fmt.check_infill()
     named = [role for role in ROLES if spec.columns.get(role)]
-    kept = spec.keep_columns if spec.keep_columns is not None else inputs.schema.names
-    added = [*OUTPUT_COLUMNS, *spec.extra_columns, *ERROR_COLUMNS]
-    check_columns(inputs.schema, roles={r: spec.column(r) for r in ROLES}, named=named, kept=kept, added=added)
-    files = [{"name": f.name, "rows": f.rows, "size": f.size, "footer": f.digest} for f in inputs.files]
-    identity = spec.infill_identity(engine, weights_identity(model, engine.revision), model.format, files)
-    return Job(spec, model, engine, inputs, output, model.format, identity)
+    check_roles(inputs.schema, {role: spec.column(role) for role in ROLES}, named=named)
+    return fmt, inputs
 
 
 def refuse_nested_output(job: Job) -> None:

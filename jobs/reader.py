@@ -214,13 +214,11 @@ def _difference(expected: pa.Schema, found: pa.Schema) -> str:
     return "" if found.names == expected.names else "the columns stand in another order"
 
 
-def check_columns(
-    schema: pa.Schema, *, roles: dict[str, str], named: Sequence[str], kept: Sequence[str], added: Sequence[str]
-) -> None:
-    """Refuse a schema that lacks a role's column, has it in the wrong type, or has a column that the job adds.
+def check_roles(schema: pa.Schema, roles: dict[str, str], *, named: Sequence[str]) -> None:
+    """Refuse a schema that lacks a role's column or has it in the wrong type.
 
-    ``roles`` maps ``prefix``, ``suffix`` and ``id`` to column names, ``named`` lists the roles that the user named,
-    ``kept`` the columns that pass through, ``added`` those that the job adds. Raises ``InputError`` naming the column.
+    ``roles`` maps ``prefix``, ``suffix`` and ``id`` to column names, ``named`` lists the roles that the user named.
+    Raises ``InputError`` naming the column.
     """
     for role, name in roles.items():
         if name not in schema.names:
@@ -239,6 +237,10 @@ def check_columns(
             raise InputError(
                 f"column {name} is {kind}, not {wanted}.", remedy=f"Cast it, or name another: --column {role}=NAME."
             )
+
+
+def check_kept(schema: pa.Schema, kept: Sequence[str], *, added: Sequence[str]) -> None:
+    """Refuse columns to pass through that are not there, or that the job adds; raises ``InputError`` naming one."""
     for name in kept:
         if name not in schema.names:
             raise InputError(f"column {name} is missing.", remedy=f"The input has {', '.join(schema.names)}.")
@@ -339,11 +341,11 @@ class UnitReader:
                 yield batch.slice(skip, keep - skip)
 
 
-def origins(batch: pa.RecordBatch, file: InputFile, first: int) -> tuple[list[str], list[int]]:
+def origins(batch: pa.RecordBatch, file: InputFile, first: int) -> list[tuple[str, int]]:
     """The input file and the row number of each row of a batch that begins at row ``first`` of ``file``."""
     if ORIGIN_FILE in batch.schema.names:
-        return batch.column(ORIGIN_FILE).to_pylist(), batch.column(ORIGIN_ROW).to_pylist()
-    return [file.name] * batch.num_rows, list(range(first, first + batch.num_rows))
+        return list(zip(batch.column(ORIGIN_FILE).to_pylist(), batch.column(ORIGIN_ROW).to_pylist(), strict=True))
+    return [(file.name, row) for row in range(first, first + batch.num_rows)]
 
 
 def texts(column: pa.Array) -> list[str | UnicodeDecodeError | None]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from jobs.journal import Sample
 from jobs.reader import is_text, texts
-from jobs.spec import JobSpec
+from jobs.spec import ROLES, JobSpec
 from jobs.tally import Tally, count
 from serving.errors import InputError, SpanfillError
 from serving.formats import Format, Prompt
@@ -45,18 +45,16 @@ def row_prompts(
     """
     pairs: list[tuple[str, str | None]] = []
     errors: dict[int, SpanfillError] = {}
-    prefixes, identities = texts(batch.column(spec.column("prefix"))), _row_ids(spec, batch)
-    suffix = spec.column("suffix")
-    suffixes = texts(batch.column(suffix)) if suffix in batch.schema.names else [None] * batch.num_rows
+    prefixes, suffixes, identities = (role_values(spec, batch, role) for role in ROLES)
     for row, (before, after, identity) in enumerate(zip(prefixes, suffixes, identities, strict=True)):
         error = (
             _text_error(spec.column("prefix"), before, required=True)
-            or _text_error(suffix, after, required=False)
+            or _text_error(spec.column("suffix"), after, required=False)
             or _text_error(spec.column("id"), identity, required=False)
         )
         if error is not None:
             errors[row] = error
-        pairs.append(("", "") if error is not None else (before, after))  # type: ignore[arg-type]
+        pairs.append(("", "") if error is not None else (before, after))
     prompts = fmt.prompt_batch(
         pairs,
         max_tokens=spec.max_tokens,
@@ -69,14 +67,15 @@ def row_prompts(
 
 def row_untils(spec: JobSpec, batch: pa.RecordBatch) -> list[str | None]:
     """What ends each row's infill when it runs into the suffix: None unless the job asks for that."""
-    suffix = spec.column("suffix")
-    if not spec.stop_at_suffix or suffix not in batch.schema.names:
+    if not spec.stop_at_suffix:
         return [None] * batch.num_rows
-    return [suffix_beginning(text) if isinstance(text, str) else None for text in texts(batch.column(suffix))]
+    suffixes = role_values(spec, batch, "suffix")
+    return [suffix_beginning(text) if isinstance(text, str) else None for text in suffixes]
 
 
-def _row_ids(spec: JobSpec, batch: pa.RecordBatch) -> list[Any]:
-    name = spec.column("id")
+def role_values(spec: JobSpec, batch: pa.RecordBatch, role: str) -> list[Any]:
+    """The values of the column that plays ``role``: None where there is no such column, errors for broken text."""
+    name = spec.column(role)
     if name not in batch.schema.names:
         return [None] * batch.num_rows
     column = batch.column(name)

@@ -3,13 +3,14 @@
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from jobs.job import open_input
 from jobs.plan import Unit, plan_units
-from jobs.reader import InputSet, UnitReader, check_columns, find_input
+from jobs.reader import InputSet, UnitReader
 from jobs.rows import row_prompts
 from jobs.sharing import ideal_cached_share
 from jobs.spec import ROLES, JobSpec
 from serving.errors import InputError
-from serving.formats import Format, Prompt, load_format
+from serving.formats import Format, Prompt
 from serving.models import resolve_model
 
 STRETCH_ROWS = 250
@@ -59,10 +60,10 @@ def stretches(units: Iterable[Unit], *, sample: int) -> list[Unit]:
     count = max(1, sample // STRETCH_ROWS)
     length = sample // count
     starts = [(2 * i + 1) * rows // (2 * count) - length // 2 for i in range(count)]
-    return list(_pieces(units, [(max(0, start), max(0, start) + length) for start in starts]))
+    return list(parts_of(units, [(max(0, start), max(0, start) + length) for start in starts]))
 
 
-def _pieces(units: Sequence[Unit], ranges: Sequence[tuple[int, int]]) -> Iterator[Unit]:
+def parts_of(units: Sequence[Unit], ranges: Sequence[tuple[int, int]]) -> Iterator[Unit]:
     """Ranges of rows, counted over all units, as parts of units; both ascend."""
     at = number = 0
     for unit in units:
@@ -86,13 +87,7 @@ def read_sample(spec: JobSpec, *, sample: int) -> Sample:
     """
     model = resolve_model(spec.model, format=spec.format, revision=spec.revision)
     context = spec.max_model_len or model.context
-    fmt = load_format(model.format, tokenizer_of=spec.model)
-    fmt.check_budget(spec.max_tokens, context)
-    inputs = find_input(spec.input, patience=spec.store_patience)
-    if spec.column("suffix") in inputs.schema.names:
-        fmt.check_infill()
-    named = [role for role in ROLES if spec.columns.get(role)]
-    check_columns(inputs.schema, roles={r: spec.column(r) for r in ROLES}, named=named, kept=[], added=[])
+    fmt, inputs = open_input(spec, model.format, context)
     units = plan_units(inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
     taken = stretches(units, sample=sample)
     return _measure(spec, inputs, taken, [_prompts(spec, fmt, context, inputs, unit) for unit in taken])

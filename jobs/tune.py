@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,9 +11,10 @@ import yaml
 from rich.table import Table
 
 from jobs.job import Job, prepare_job
-from jobs.plan import InputFile, Unit
+from jobs.plan import Unit
 from jobs.reader import UnitReader
 from jobs.runner import Watcher, run_job
+from jobs.sample import parts_of
 from jobs.search import Figures, Knob, Settings, Trial, Tuning, search
 from jobs.spec import ROLES, JobSpec
 from jobs.store import locate, publish_bytes
@@ -88,24 +89,20 @@ def sample_rows(job: Job, rows: int) -> pa.Table:
     """Some runs of neighbouring rows, spread evenly over the input, with the columns that play a role."""
     roles = {job.spec.column(role) for role in ROLES}
     reader = UnitReader(job.inputs.root, [name for name in job.inputs.schema.names if name in roles])
-    ranges = _ranges(job.inputs.files, rows)
-    tables = [pa.Table.from_batches([batch]) for file, unit in ranges for batch in reader.read(file, unit)]
+    files = job.inputs.files
+    units = [Unit(number, number, 0, file.rows) for number, file in enumerate(files)]
+    taken = parts_of(units, _ranges(sum(file.rows for file in files), rows))
+    tables = [pa.Table.from_batches([batch]) for unit in taken for batch in reader.read(files[unit.file], unit)]
     if not tables:
         raise InputError(f"{job.spec.input} has no rows to tune on.", remedy="Give an input with rows.")
     return pa.concat_tables(tables, promote_options="default")
 
 
-def _ranges(files: Sequence[InputFile], rows: int) -> Iterator[tuple[InputFile, Unit]]:
-    total = sum(file.rows for file in files)
+def _ranges(total: int, rows: int) -> list[tuple[int, int]]:
     rows = min(rows, total)
     runs = min(RUNS_OF_ROWS, rows)
-    for run in range(runs):
-        start, length = total * run // runs, rows * (run + 1) // runs - rows * run // runs
-        for number, file in enumerate(files):
-            first, last = max(0, start), min(file.rows, start + length)
-            if first < last:
-                yield file, Unit(run, number, first, last)
-            start -= file.rows
+    lengths = (rows * (run + 1) // runs - rows * run // runs for run in range(runs))
+    return [(total * run // runs, total * run // runs + length) for run, length in enumerate(lengths)]
 
 
 def report(tuning: Tuning, *, source: str) -> str:

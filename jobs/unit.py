@@ -13,8 +13,8 @@ from jobs.lease import check_lease
 from jobs.ledger import Ledger, Report
 from jobs.order import TOKEN_BYTES, cut, grouped, ideal_cached_tokens, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
-from jobs.reader import UnitReader, check_untouched, origins, texts
-from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, row_untils, to_samples
+from jobs.reader import UnitReader, check_untouched, origins
+from jobs.rows import PromptFacts, output_columns, role_values, row_prompts, row_seeds, row_untils, to_samples
 from jobs.spec import ROLES, JobSpec
 from jobs.store import Location, exists, patient
 from jobs.tally import Tally, count, timed
@@ -138,7 +138,7 @@ class UnitWork:
     def _prepare_batch(self, batch: pa.RecordBatch, seen: set[Any]) -> None:
         self._untils += row_untils(self._spec, batch)
         prompts = row_prompts(self._spec, self._format, self._config.max_model_len, batch)
-        sources = zip(*origins(batch, self._file, self.unit.start + len(self._facts)), strict=True)
+        sources = origins(batch, self._file, self.unit.start + len(self._facts))
         for (identity, prompt), source in zip(prompts, sources, strict=True):
             row = len(self._facts)
             wanted = self._wanted is None or source in self._wanted
@@ -308,11 +308,9 @@ class UnitWork:
 
     def _table(self, batch: pa.RecordBatch, first: int, tally: Tally) -> pa.Table:
         spec = self._spec
-        prefixes = texts(batch.column(spec.column("prefix")))
-        suffix = spec.column("suffix")
-        suffixes = texts(batch.column(suffix)) if suffix in batch.schema.names else [None] * batch.num_rows
+        prefixes, suffixes = (role_values(spec, batch, role) for role in ("prefix", "suffix"))
         rows, samples, facts, pairs = list[int](), list[Sample](), list[PromptFacts](), list[Any]()
-        sources = list(zip(*origins(batch, self._file, self.unit.start + first), strict=True))
+        sources = origins(batch, self._file, self.unit.start + first)
         for row in range(batch.num_rows):
             fact, found = self._facts[first + row], self._samples.get(first + row)
             if fact is None or found is None or found[0].error_code is not None:
@@ -336,7 +334,7 @@ class UnitWork:
             tally.errors += 1
             tally.refused += found[0].attempts == 0
             count(tally.error_codes, found[0].error_code)
-        sources = list(zip(*origins(batch, self._file, self.unit.start + first), strict=True))
+        sources = origins(batch, self._file, self.unit.start + first)
         return pa.table(error_columns(batch, self._config.kept, rows, samples, [sources[row] for row in rows]))
 
 

@@ -136,7 +136,7 @@ class _Check:
         digest, keys, sources = InputDigest(self._roles), list[Any](), list[tuple[str, int]]()
         for batch in self._rows(unit):
             digest.add(batch)
-            sources += zip(*origins(batch, self._then[unit.file], unit.start + len(sources)), strict=True)
+            sources += origins(batch, self._then[unit.file], unit.start + len(sources))
             if self._key:
                 keys += _values(pa.Table.from_batches([batch]), self._key)
         return digest.hexdigest(), keys, sources

@@ -98,7 +98,7 @@ STAGES = {
 }
 
 
-def library_files() -> list[tuple[str, str]]:
+def corpus_files() -> list[tuple[str, str]]:
     """Path and text of the modules to learn from: no tests, no tables, nothing tiny, nothing held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.py"))]
@@ -278,7 +278,7 @@ class Trainer:
         self.file = folder / "state.pt"
         self.stage, self.steps, self.seed = STAGES[stage], steps, seed
         self.facts = {"stage": stage, "steps": steps, "seed": seed}
-        self.files = library_files()
+        self.files = corpus_files()
         state = torch.load(self.file) if self.file.exists() else None
         weights = load_file(start / "model.safetensors") if start and not state else {}
         rows = weights.get("model.embed_tokens.weight")

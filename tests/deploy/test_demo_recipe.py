@@ -41,7 +41,7 @@ sys.path.insert(0, {str(RECIPE.parent)!r})
 import train
 for name, value in {SMALL!r}.items():
     setattr(train, name, value)
-train.library_files = lambda: {CORPUS!r}
+train.corpus_files = lambda: {CORPUS!r}
 step = train.Trainer.step
 train.Trainer.step = lambda self: (time.sleep(0.03), step(self))[1]
 train.sys.version_info = (3, 11)
@@ -115,7 +115,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     for name, value in SMALL.items():
         setattr(module, name, value)
-    module.library_files = lambda: CORPUS  # type: ignore[attr-defined]
+    module.corpus_files = lambda: CORPUS  # type: ignore[attr-defined]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield module
     for number, handler in handlers.items():
