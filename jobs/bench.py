@@ -25,7 +25,7 @@ def feed(*, rows: int, row_bytes: int, replicas: int, feeders: int = 1, seed: in
     """
     with tempfile.TemporaryDirectory(prefix="spanfill-feed-") as folder:
         source = Path(folder, "rows.parquet")
-        _write_rows(source, rows, row_bytes, seed)
+        write_rows(source, rows, row_bytes, seed)
         spec = JobSpec(
             input=str(source),
             output=f"{folder}/out",
@@ -53,7 +53,8 @@ def feed(*, rows: int, row_bytes: int, replicas: int, feeders: int = 1, seed: in
     }
 
 
-def _write_rows(path: Path, rows: int, row_bytes: int, seed: int) -> None:
+def write_rows(path: Path, rows: int, row_bytes: int, seed: int) -> None:
+    """Prefixes and suffixes of half of ``row_bytes`` characters each, cut anywhere from the standard library."""
     text = "".join(p.read_text(errors="ignore") for p in sorted(standard_library().glob("*.py")))
     draw = random.Random(seed)
     starts = [draw.randrange(len(text) - row_bytes) for _ in range(rows)]

@@ -523,6 +523,11 @@ _clone_benchmark(
     "What --prefix-align is worth: sharing, speed and quality of the demo model; from a clone only.",
     "spanfill bench align --json align.json --plot align.svg",
 )
+_clone_benchmark(
+    "fleet",
+    "Whether this machine keeps many simulated H100s full; from a clone only.",
+    "spanfill bench fleet --replicas 4 16 --study 64",
+)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,8 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
     service = fleet.join_or_start(job.engine, replicas, embedded=embedded, say=watcher.say, check=run.check)
     try:
         run.started.reached("engine")
-        route, units = _route(service, spec)
+        info = service.info
+        route, units = route_of(service.replicas, info.max_num_seqs, info.block_size, spec)
         crew.attach(DEPLOYMENT, service.name, route, units=units)
         run.progress.stage = "running"
         before, ran = service.stats(), run.ran
@@ -229,15 +230,15 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
         service.release()
 
 
-def _route(service: fleet.Fleet, spec: JobSpec) -> tuple[Route, int]:
+def route_of(replicas: int, max_num_seqs: int, block_size: int, spec: JobSpec) -> tuple[Route, int]:
     """How each feeder calls the replicas, and the units that it needs to keep them busy.
 
     At first all feeders together have ``ROWS_AHEAD`` times what an engine's batch holds in flight to it.
     """
-    calls = max(3, math.ceil(ROWS_AHEAD * service.info.max_num_seqs / spec.batch_rows))
+    calls = max(3, math.ceil(ROWS_AHEAD * max_num_seqs / spec.batch_rows))
     window = max(2, math.ceil(calls / spec.feeders))
-    flying = window * service.replicas * spec.batch_rows
-    return Route(service.replicas, window, service.info.block_size), 2 + math.ceil(flying / spec.rows_per_part)
+    flying = window * replicas * spec.batch_rows
+    return Route(replicas, window, block_size), 2 + math.ceil(flying / spec.rows_per_part)
 
 
 def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> None:

@@ -1,0 +1,227 @@
+"""Whether one machine's cores keep a fleet of simulated H100s full: real Serve replicas, and a study of more of them.
+
+    spanfill bench fleet --replicas 4 16 --study 64 --feed 5000 [--seconds 60] [--json FILE]
+
+``--replicas``: jobs of that many simulated engines (``serving.simulated``: CodeGen2.5-7B on an H100 at its roofline),
+each a process behind Ray Serve, over rows of 2 kB. ``--study``: the job's own lanes and the engines' own schedulers on
+a clock of their own in this process, where engines cost no cores. Rows come to the lanes at the rate that ``--feed``
+says (measure it with ``spanfill bench feed``), and each call is ``--call`` seconds under way. ``--slowest 0.25`` makes
+the engines' speeds fall evenly from 1 to a quarter.
+"""
+
+import argparse
+import asyncio
+import heapq
+import itertools
+import json
+import random
+import sys
+import tempfile
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.bench import write_rows
+from jobs.lanes import Lanes, Ticket
+from jobs.runner import route_of, run_job
+from jobs.spec import JobSpec
+from serving.config import RooflineConfig
+from serving.protocol import BATCH_PRIORITY
+from serving.simulated import Scheduler, Sequence
+from serving.steady import Load, batch_size, steady_rows_per_second
+
+H100 = RooflineConfig()
+ROW_BYTES, MAX_TOKENS = 2_048, 64
+PROMPT_TOKENS, OUTPUT_TOKENS = 670, 32.5
+"""Means of such rows and of the simulated engine's answers to them; what a job really had stands in its figures."""
+
+
+def measure(replicas: int, seconds: float, feeders: int) -> dict[str, Any]:
+    """A job of ``replicas`` simulated engines that has work for about ``seconds``."""
+    rows = _rows(replicas, seconds, [1.0] * replicas)
+    with tempfile.TemporaryDirectory(prefix="spanfill-fleet-") as folder:
+        source, output = f"{folder}/rows.parquet", f"{folder}/out"
+        write_rows(Path(source), rows, ROW_BYTES, seed=0)
+        spec = JobSpec(input=source, output=output, engine="simulated", replicas=replicas, feeders=feeders)
+        manifest = run_job(spec.model_copy(update={"max_tokens": MAX_TOKENS}))
+    prompt, output = manifest["prompt_tokens"] / rows, manifest["completion_tokens"] / rows
+    steady = steady_rows_per_second(H100, Load(prompt, output, manifest["prefix_cache_hit_share"]))
+    return {
+        "engines": f"{replicas} behind Ray Serve",
+        "rows": rows,
+        "seconds": manifest["running_seconds"],
+        "rows/s": manifest["rows_per_second"],
+        "of steady": manifest["rows_per_second"] / replicas / steady,
+        **manifest["engines"],
+        "cpu_seconds": manifest["cpu_seconds"],
+        "startup_seconds": manifest["startup_seconds"],
+        "errors": manifest["errors"],
+    }
+
+
+def _rows(replicas: int, seconds: float, speeds: list[float]) -> int:
+    steady = steady_rows_per_second(H100, Load(PROMPT_TOKENS, OUTPUT_TOKENS))
+    return int(steady * sum(speeds) * seconds)
+
+
+@dataclass
+class _Replica:
+    """A scheduler on the study's clock, and the rows of each micro-batch that it has not finished."""
+
+    speed: float
+    scheduler: Scheduler = field(default_factory=lambda: Scheduler(H100))
+    calls: list[tuple[Ticket, list[Sequence]]] = field(default_factory=list)
+    stepping: bool = False
+    row_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    end: float = 0.0
+
+    def step(self) -> float:
+        """Plan a step; its seconds."""
+        seconds = self.scheduler.step() / self.speed
+        self.row_seconds += len(self.scheduler.running) * seconds
+        self.busy_seconds += seconds
+        return seconds
+
+    def finish_step(self, now: float) -> list[Ticket]:
+        """The micro-batches that the step has completed."""
+        self.end = now
+        self.scheduler.finish_step()
+        done = [ticket for ticket, rows in self.calls if all(row.done.done() for row in rows)]
+        self.calls = [call for call in self.calls if call[0] not in done]
+        return done
+
+
+class Study:
+    """A job on a clock of its own: events in the order of their times."""
+
+    def __init__(self, speeds: list[float], *, feed: float, call: float, seed: int = 0) -> None:
+        spec = JobSpec(input="", output="", engine="simulated")
+        route, _ = route_of(len(speeds), H100.max_num_seqs, H100.block_size, spec)
+        self.now = 0.0
+        self._lanes = Lanes(route.replicas, route.window, spec.batch_rows, clock=lambda: self.now)
+        self._batch_rows, self._unit_rows = spec.batch_rows, spec.rows_per_part
+        self._replicas = [_Replica(speed) for speed in speeds]
+        self._feed, self._call = feed, call
+        self._draw = random.Random(seed)
+        self._futures = asyncio.new_event_loop()
+        self._events: list[tuple[float, int, Any]] = []
+        self._order = itertools.count()
+
+    def run(self, rows: int) -> dict[str, Any]:
+        """Work off ``rows`` rows; the figures."""
+        for unit, start in enumerate(range(0, rows, self._unit_rows)):
+            count = min(self._unit_rows, rows - start)
+            self._at((start + count) / self._feed, lambda unit=unit, count=count: self._unit(unit, count))
+        while self._events:
+            self.now, _, event = heapq.heappop(self._events)
+            event()
+        count, replicas = len(self._replicas), self._replicas
+        load = Load(PROMPT_TOKENS, OUTPUT_TOKENS)
+        steady = steady_rows_per_second(H100, load) * sum(replica.speed for replica in replicas)
+        first = min(rows, self._unit_rows) / self._feed
+        seconds = self.now - first
+        ends = [replica.end for replica in replicas]
+        return {
+            "engines": f"{count} in a study",
+            "rows": rows,
+            "seconds": seconds,
+            "rows/s": rows / seconds,
+            "of steady": rows / seconds / steady,
+            "busy_share": sum(replica.busy_seconds for replica in replicas) / seconds / count,
+            "mean_running": sum(r.row_seconds for r in replicas) / sum(r.busy_seconds for r in replicas),
+            "occupancy": sum(r.row_seconds for r in replicas) / seconds / count / batch_size(H100, load),
+            "ends within": (max(ends) - min(ends)) / seconds,
+        }
+
+    def _at(self, seconds: float, event: Any) -> None:
+        heapq.heappush(self._events, (seconds, next(self._order), event))
+
+    def _unit(self, unit: int, rows: int) -> None:
+        """A unit is tokenised: rows that share nothing, so each micro-batch is a group."""
+        batches = [list(range(at, min(at + self._batch_rows, rows))) for at in range(0, rows, self._batch_rows)]
+        self._lanes.add(unit, [[batch] for batch in batches])
+        self._pump()
+
+    def _pump(self) -> None:
+        more = True
+        while more:
+            more = False
+            for lane in range(len(self._lanes)):
+                if ticket := self._lanes.take(lane):
+                    more = True
+                    self._at(self.now + self._call / 2, lambda ticket=ticket: self._arrive(ticket))
+
+    def _arrive(self, ticket: Ticket) -> None:
+        replica = self._replicas[ticket.lane]
+        rows = [self._sequence() for _ in ticket.rows]
+        for row in rows:
+            replica.scheduler.add(row, BATCH_PRIORITY)
+        replica.calls.append((ticket, rows))
+        if not replica.stepping:
+            replica.stepping = True
+            self._at(self.now + replica.step(), lambda: self._stepped(replica))
+
+    def _sequence(self) -> Sequence:
+        tokens = array("i", [self._draw.getrandbits(30)]) * self._draw.randint(PROMPT_TOKENS - 70, PROMPT_TOKENS + 70)
+        output = self._draw.randint(1, MAX_TOKENS)
+        return Sequence(tokens, output, None, self._futures.create_future())
+
+    def _stepped(self, replica: _Replica) -> None:
+        for ticket in replica.finish_step(self.now):
+            waiting = len(replica.scheduler.waiting)
+            self._at(self.now + self._call / 2, lambda t=ticket, w=waiting: self._answered(t, w))
+        replica.stepping = replica.scheduler.busy
+        if replica.stepping:
+            self._at(self.now + replica.step(), lambda: self._stepped(replica))
+
+    def _answered(self, ticket: Ticket, waiting: int) -> None:
+        self._lanes.settle(ticket, answered=True, waiting=waiting)
+        self._pump()
+
+
+def study(replicas: int, seconds: float, *, feed: float, call: float, slowest: float) -> dict[str, Any]:
+    """``replicas`` engines with work for about ``seconds`` of the study's clock."""
+    speeds = [1.0 - (1.0 - slowest) * number / max(1, replicas - 1) for number in range(replicas)]
+    told = Study(speeds, feed=feed, call=call).run(_rows(replicas, seconds, speeds))
+    return told | {"feed": feed, "call": call, "slowest": slowest}
+
+
+def shown(lines: list[dict[str, Any]]) -> Table:
+    """The figures for people."""
+    table = Table("engines", "rows", "s", "rows/s", "of steady", "busy", "occupancy", "ends within")
+    for line in lines:
+        within = f"{line['ends within']:.1%}" if "ends within" in line else ""
+        shares = [f"{line[name]:.3f}" for name in ("of steady", "busy_share", "occupancy")]
+        table.add_row(
+            line["engines"], f"{line['rows']:,}", f"{line['seconds']:.1f}", f"{line['rows/s']:,.0f}", *shares, within
+        )
+    return table
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", type=int, nargs="*", default=[])
+    parser.add_argument("--study", type=int, nargs="*", default=[])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--feeders", type=int, default=2)
+    parser.add_argument("--feed", type=float, default=5_000.0, help="rows/s that come to the lanes of the study")
+    parser.add_argument("--call", type=float, default=0.02, help="seconds of a call's way to a replica and back")
+    parser.add_argument("--slowest", type=float, default=1.0)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    options = {"feed": asked.feed, "call": asked.call, "slowest": asked.slowest}
+    lines = [measure(count, asked.seconds, asked.feeders) for count in asked.replicas]
+    lines += [study(count, asked.seconds, **options) for count in asked.study]
+    Console(width=None if sys.stdout.isatty() else 120).print(shown(lines))
+    if asked.json:
+        asked.json.write_text(json.dumps({"command": sys.argv, "lines": lines}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
