@@ -21,10 +21,11 @@ def put_new(uri: str, path: str, data: bytes) -> bool:
     bucket, key = path.split("/", 1)
     store = _store(uri, bucket)
     try:
-        obstore.put(store, key, data, mode="create")
-    except AlreadyExistsError:
-        # A put whose answer was lost is repeated by the client: what lies there may be ours.
-        return bytes(obstore.get(store, key).bytes()) == data
+        try:
+            obstore.put(store, key, data, mode="create", use_multipart=False)
+        except AlreadyExistsError:
+            # A put whose answer was lost is repeated by the client: what lies there may be ours.
+            return bytes(obstore.get(store, key).bytes()) == data
     except BaseError as error:
         raise OSError(str(error).split("\n\nDebug source")[0]) from error
     return True

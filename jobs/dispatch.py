@@ -8,7 +8,7 @@ the row that kills or hangs its engine stands alone.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
@@ -18,7 +18,8 @@ from serving.errors import EngineDeadError, EngineError, EngineGoneError
 from serving.pace import Pace
 from serving.protocol import MicroBatch, MicroBatchResult, Request, Result, Sampling
 
-Call = Callable[[MicroBatch], Awaitable[MicroBatchResult]]
+Call = Callable[[MicroBatch], AsyncIterator[MicroBatchResult]]
+"""Sends a micro-batch and gives the answers to its requests, some at a time, as the engine finishes them."""
 
 NOT_REACHED = (EngineGoneError, DeploymentUnavailableError, ObjectLostError)
 """What a call raises that no engine ever saw, or whose answer was lost on its way with the node that held it.
@@ -33,7 +34,8 @@ FREE_CALLS = 2
 """Losses that a micro-batch survives without suspicion."""
 
 MOST_DEATHS = 16
-"""Engines that may die one after the other with no call answered in between: beyond, it is the engine and not a row."""
+"""Engines that may die one after the other with no call answered in between: then another row is asked for, and
+when that is lost too it is the engine and not the rows."""
 
 WAIT_SECONDS = (0.5, 1.0, 2.0, 4.0)
 """Before a lost call is sent again: long enough that Serve has noticed that the replica is gone."""
@@ -58,6 +60,8 @@ class Dispatcher:
         self._pace = Pace()
         self._deaths = 0
         self._latest_death = 0.0
+        self._answered: Request | None = None
+        self._latest: Request | None = None
         self._max_attempts = max_attempts
         self._closed = False
 
@@ -72,8 +76,8 @@ class Dispatcher:
         *,
         lane: int | None = None,
         suspected: Callable[[], None] = lambda: None,
-    ) -> list[Answer]:
-        """Answer every request; a row that is lost again and again is an error in the engine's words.
+    ) -> AsyncIterator[list[Answer]]:
+        """The answers to all requests, some at a time; a row that is lost again and again fails in the engine's words.
 
         It is asked for ``max_attempts`` times, and more often only where it must be parted from its neighbours: it was
         alone in its engine at the last. ``suspected`` is called before that begins, which may take minutes.
@@ -81,55 +85,94 @@ class Dispatcher:
         After ``close`` fewer answers come, or none. Raises ``EngineError`` when every call is lost.
         """
         batch = MicroBatch(tuple(requests), sampling, lane=lane)
+        self._latest = requests[0]
         attempt = 1
-        while attempt <= FREE_CALLS:
+        free = FREE_CALLS if len(requests) > 1 else min(FREE_CALLS, max(1, self._max_attempts - 1))
+        while attempt <= free:
             try:
-                return await self._reach(batch, attempt)
+                async for answers in self._reach(batch, attempt):
+                    batch = _without(batch, answers)
+                    yield answers
+                return
             except LOST:
                 await _wait(attempt)
                 attempt += 1
         suspected()
         async with self._isolation:
-            return await self._isolate(replace(batch, alone=True), attempt)
+            async for answers in self._isolate(replace(batch, alone=True), attempt):
+                yield answers
 
-    async def _isolate(self, batch: MicroBatch, attempt: int) -> list[Answer]:
-        requests = batch.requests
-        tries = 1 if len(requests) > 1 else max(1, self._max_attempts - attempt + 1)
+    async def _isolate(self, batch: MicroBatch, attempt: int) -> AsyncIterator[list[Answer]]:
+        tries = 1 if len(batch.requests) > 1 else max(1, self._max_attempts - attempt + 1)
         for _ in range(tries):
             try:
-                return await self._reach(batch, attempt)
+                async for answers in self._reach(batch, attempt):
+                    batch = _without(batch, answers)
+                    yield answers
+                return
             except LOST as error:
                 await _wait(attempt)
                 attempt, lost = attempt + 1, error
+        requests = batch.requests
         if len(requests) == 1:
-            return [Answer(_failed(requests[0], lost), attempts=attempt - 1)]
+            yield [Answer(_failed(requests[0], lost), attempts=attempt - 1)]
+            return
         middle = len(requests) // 2
-        first = await self._isolate(replace(batch, requests=requests[:middle]), attempt)
-        return first + await self._isolate(replace(batch, requests=requests[middle:]), attempt)
+        for half in (requests[:middle], requests[middle:]):
+            async for answers in self._isolate(replace(batch, requests=half), attempt):
+                yield answers
 
-    async def _reach(self, batch: MicroBatch, attempt: int) -> list[Answer]:
-        while not self._closed:
+    async def _reach(self, batch: MicroBatch, attempt: int) -> AsyncIterator[list[Answer]]:
+        while not self._closed and batch.requests:
             started = time.monotonic()
             try:
-                answer = await self._call(replace(batch, patience=self._pace.patience))
+                async for answer in self._call(replace(batch, patience=self._pace.patience)):
+                    answers = [Answer(result, answer.replica, attempt, answer.waiting) for result in answer.results]
+                    answered = {result.key for result in answer.results}
+                    self._answered = next((r for r in batch.requests if r.key in answered), self._answered)
+                    self._deaths = 0
+                    batch = _without(batch, answers)
+                    yield answers
             except NOT_REACHED:
                 await _wait(1)
             except LOST as error:
                 if started >= self._latest_death:  # What was in flight before was lost in the death before.
                     self._deaths, self._latest_death = self._deaths + 1, time.monotonic()
-                if self._deaths > MOST_DEATHS:
+                if self._deaths > MOST_DEATHS and not await self._lives(batch.sampling):
                     raise EngineError(
                         f"{self._deaths} engines died one after the other, no call was answered: {_words(error)}",
                         remedy="The replicas' logs are in Ray's session folder, under logs/serve.",
                     ) from error
                 raise
             except (RayTaskError, RayServeException) as error:
-                return [Answer(_failed(request, error), attempts=attempt) for request in batch.requests]
+                yield [Answer(_failed(request, error), attempts=attempt) for request in batch.requests]
+                return
             else:
                 self._pace.record(time.monotonic() - started)
-                self._deaths = 0
-                return [Answer(result, answer.replica, attempt, answer.waiting) for result in answer.results]
-        return []
+                return
+
+    async def _lives(self, sampling: Sampling) -> bool:
+        """Whether an engine answers a row that was answered before; where none was, one of the latest micro-batch."""
+        asked = self._answered or self._latest
+        assert asked is not None
+        known = MicroBatch((asked,), sampling, patience=self._pace.patience)
+        while not self._closed:
+            await _wait(1)
+            try:
+                async for _ in self._call(known):
+                    self._deaths = 0
+                return True
+            except NOT_REACHED:
+                continue
+            except (*LOST, RayTaskError, RayServeException):
+                return False
+        return False
+
+
+def _without(batch: MicroBatch, answers: Sequence[Answer]) -> MicroBatch:
+    """What is left of a micro-batch."""
+    answered = {answer.result.key for answer in answers}
+    return replace(batch, requests=tuple(r for r in batch.requests if r.key not in answered))
 
 
 async def _wait(attempt: int) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,12 +110,12 @@ class Feeder:
         from ray import serve
 
         handle = serve.get_deployment_handle(deployment, app_name=app).options(
-            _by_reference=False, request_serialization="pickle", response_serialization="pickle"
+            stream=True, _by_reference=False, request_serialization="pickle", response_serialization="pickle"
         )
 
-        async def call(batch: MicroBatch) -> MicroBatchResult:
-            result: MicroBatchResult = await handle.generate.remote(batch)
-            return result
+        def call(batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
+            results: AsyncIterator[MicroBatchResult] = handle.generate.remote(batch)
+            return results
 
         self.connect(call, route)
 
@@ -223,11 +223,13 @@ class Feeder:
             self._lanes.settle(ticket, answered=False)
             self._pump()
 
-        requests = flight.work.requests(ticket.rows)
-        answers = await self._dispatcher.send(requests, self._sampling, lane=ticket.lane, suspected=suspected)
-        for answer in answers:
-            flight.work.answer(answer.result, replica=answer.replica, attempts=answer.attempts)
-        self._lanes.settle(ticket, answered=bool(answers), waiting=answers[-1].waiting if answers else None)
+        requests, waiting, answered = flight.work.requests(ticket.rows), None, False
+        sending = self._dispatcher.send(requests, self._sampling, lane=ticket.lane, suspected=suspected)
+        async for answers in sending:
+            for answer in answers:
+                flight.work.answer(answer.result, replica=answer.replica, attempts=answer.attempts)
+            waiting, answered = answers[-1].waiting, True
+        self._lanes.settle(ticket, answered=answered, waiting=waiting)
         flight.land(len(ticket.rows))
         self._pump()
 

@@ -88,7 +88,8 @@ def prepare_job(spec: JobSpec) -> Job:
     kept = spec.keep_columns if spec.keep_columns is not None else inputs.schema.names
     check_kept(inputs.schema, kept, added=[*OUTPUT_COLUMNS, *spec.extra_columns, *ERROR_COLUMNS])
     files = [{"name": f.name, "rows": f.rows, "size": f.size, "footer": f.digest} for f in inputs.files]
-    identity = spec.infill_identity(engine, weights_identity(model, engine.revision), model.format, files)
+    plain = spec.in_plain_words(inputs.schema.names, inputs.rows)
+    identity = plain.infill_identity(engine, weights_identity(model, engine.revision), model.format, files)
     return Job(spec, model, engine, inputs, output, model.format, identity)
 
 

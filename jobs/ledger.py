@@ -14,7 +14,7 @@ from jobs.store import Location, delete, delete_folder, exists, list_files, publ
 from jobs.tally import Tally
 from serving.errors import DamagedStateError, OutputError, StorageError, VersionError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 STATE = "_spanfill"
 JOB_KEYS = {"fingerprint", "beginning", "identity", "spec", "versions"}
 MANIFEST_KEYS = {"rows", "errors", "error_codes", "rows_per_second", "parts", "bytes"}
@@ -205,8 +205,9 @@ class Ledger:
         return self._units_in("data")
 
     def failed(self) -> set[int]:
-        """The indices of the finished units that have error rows."""
-        return self._units_in("errors") & self.done()
+        """The indices of the finished units that have error rows, by their reports."""
+        found = sorted(self._units_in("errors") & self.done())
+        return {unit for unit, report in zip(found, self.try_reports(found), strict=True) if lists_errors(report)}
 
     def _units_in(self, folder: str) -> set[int]:
         names = (info.base_name for info in list_files(self.output.join(folder)))
@@ -245,12 +246,18 @@ class Ledger:
                 publish_bytes(self._state("damaged").join(f"{folder}-{location.name}"), read_bytes(location))
                 delete(location)
 
+    def outputs(self) -> dict[str, int]:
+        """What lies in ``data/`` and ``errors/``, in folders there too: sizes in bytes by names such as ``data/a``."""
+        found: dict[str, int] = {}
+        for folder in (self.output.join("data"), self.output.join("errors")):
+            for info in list_files(folder, recursive=True):
+                name = f"{folder.name}/{info.path.removeprefix(folder.path).lstrip('/')}"
+                found[name] = info.size
+        return found
+
     def set_strays_aside(self, parts: Collection[str]) -> list[str]:
         """Move files of ``data/`` and ``errors/`` that are not among ``parts`` out of readers' way; their names."""
-        there = [
-            f"{folder}/{i.base_name}" for folder in ("data", "errors") for i in list_files(self.output.join(folder))
-        ]
-        strays = [name for name in there if name not in parts]
+        strays = [name for name in self.outputs() if name not in parts]
         for name in strays:
             location = self.output.join(*name.split("/"))
             publish_bytes(self._state("damaged").join(name.replace("/", "-")), read_bytes(location))
@@ -266,6 +273,11 @@ class Ledger:
     def withdraw_manifest(self) -> None:
         """Not all is done any more."""
         delete(self._state("manifest.json"))
+
+
+def lists_errors(report: Report | None) -> bool:
+    """Whether a unit has an error file: one that its report does not list is what a killed writer left."""
+    return report is not None and any(name.startswith("errors/") for name in report.sha256)
 
 
 def read_job(output: Location) -> dict[str, Any]:
@@ -302,7 +314,8 @@ def read_manifest(output: Location) -> dict[str, Any] | None:
         raise DamagedStateError(
             f"{output}/{STATE}/manifest.json is damaged: {error}.", remedy="Remove it and run again to write it anew."
         ) from None
-    if not isinstance(manifest, dict) or not manifest.keys() >= MANIFEST_KEYS:
+    whole = isinstance(manifest, dict) and manifest.keys() >= MANIFEST_KEYS
+    if not whole or not all(isinstance(manifest[key], dict) for key in ("parts", "bytes", "error_codes")):
         raise DamagedStateError(
             f"{output}/{STATE}/manifest.json is damaged.", remedy="Remove it and run again to write it anew."
         )

@@ -258,7 +258,8 @@ def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> No
         run.progress.stage = "stopping: what is in flight may finish"
         run.watcher.update(run.progress)
         crew.stop(DRAIN_SECONDS)
-        _tell(run, crew)
+        for message in crew.report().said:  # Nothing else: units that have drained are no longer counted there.
+            run.watcher.say(message)
         raise
 
 

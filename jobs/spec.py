@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +87,18 @@ class JobSpec(Frozen):
     def column(self, role: str) -> str:
         """The input column that plays ``role`` (``prefix``, ``suffix`` or ``id``); empty for none."""
         return self.columns.get(role, role)
+
+    def in_plain_words(self, columns: Sequence[str], rows: int) -> "JobSpec":
+        """The same job over ``rows`` input rows of these columns, spelled as all who mean it would spell it."""
+        kept = [name for name in columns if self.keep_columns is None or name in self.keep_columns]
+        return self.model_copy(
+            update={
+                "stop": tuple(sorted(set(self.stop))),
+                "columns": {role: self.column(role) for role in ROLES if self.column(role) in columns},
+                "keep_columns": None if kept == list(columns) else tuple(kept),
+                "limit": None if self.limit is None or self.limit >= rows else self.limit,
+            }
+        )
 
     def infill_identity(
         self, engine: EngineConfig, weights: dict[str, Any], format_name: str, files: list[dict[str, Any]]

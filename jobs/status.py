@@ -1,14 +1,14 @@
 """What a job's folder alone tells of the job: running, interrupted, finished or damaged, and how far it is."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jobs.lease import SILENT_SECONDS, Holder, read_holder
-from jobs.ledger import Ledger, read_job, read_manifest
+from jobs.ledger import Ledger, Report, read_job, read_manifest
 from jobs.plan import Unit
-from jobs.store import list_files, locate
+from jobs.store import locate
 from jobs.tally import Tally
 from serving.errors import DamagedStateError
 
@@ -59,15 +59,10 @@ def read_status(folder: str) -> Status:
 
 
 def _finished(ledger: Ledger, manifest: dict[str, Any], units: Sequence[Unit], holder: Holder | None) -> Status:
-    sizes = {
-        f"{folder}/{info.base_name}": info.size for folder in ("data", "errors") for info in _files(ledger, folder)
-    }
-    problems = [
-        f"{name} is missing" if name not in sizes else f"{name} has {sizes[name]} bytes, not {size}"
-        for name, size in manifest["bytes"].items()
-        if sizes.get(name) != size
-    ]
-    problems += _without_report(ledger, {unit.index for unit in units})
+    sizes, told = ledger.outputs(), manifest["bytes"]
+    problems = _misfits(sizes, told) + [f"{name} is not the job's" for name in sizes if name not in told]
+    indices = [unit.index for unit in units]
+    problems += _without_report(indices, ledger.try_reports(indices))
     rows = sum(unit.rows for unit in units if unit.retries < 0)
     return Status(
         "damaged" if problems else "finished",
@@ -88,10 +83,10 @@ def _unfinished(ledger: Ledger, units: Sequence[Unit], holder: Holder | None) ->
     done = ledger.done()
     alive = _is_alive(holder)
     told = holder.told if holder else {}
-    problems = _without_report(ledger, done)
-    rows, codes = told.get("rows", 0), told.get("error_codes", {})
+    rows, codes, problems = told.get("rows", 0), told.get("error_codes", {}), list[str]()
     if not alive:
-        tally = _done(ledger, units, done)
+        reports = dict(zip(sorted(done), ledger.try_reports(sorted(done)), strict=True))
+        tally, problems = _done(ledger, units, reports), _damage(ledger, units, reports)
         rows, codes = tally.rows, tally.error_codes
     total = sum(unit.rows for unit in units if unit.retries < 0)
     speed = float(told.get("rows_per_second", 0.0))
@@ -110,34 +105,48 @@ def _unfinished(ledger: Ledger, units: Sequence[Unit], holder: Holder | None) ->
     )
 
 
-def _without_report(ledger: Ledger, done: set[int]) -> list[str]:
-    names = (info.base_name.removesuffix(".json") for info in _files(ledger, "_spanfill/reports"))
-    return [f"part {index} has no report" for index in sorted(done - {int(name) for name in names if name.isdigit()})]
+def _damage(ledger: Ledger, units: Sequence[Unit], reports: dict[int, Report | None]) -> list[str]:
+    """What is wrong with a job that nobody runs: finished parts that are not what their reports say, strangers."""
+    sizes = ledger.outputs()
+    problems = _without_report(reports, reports.values())
+    for report in reports.values():
+        problems += _misfits(sizes, report.bytes if report is not None else {})
+    own = {f"{folder}/{ledger.part(unit.index).name}" for folder in ("data", "errors") for unit in units}
+    return problems + [f"{name} is not the job's" for name in sizes if name not in own]
 
 
-def _done(ledger: Ledger, units: Sequence[Unit], done: set[int]) -> Tally:
+def _misfits(sizes: dict[str, int], told: dict[str, int]) -> list[str]:
+    return [
+        f"{name} is missing" if name not in sizes else f"{name} has {sizes[name]} bytes, not {size}"
+        for name, size in told.items()
+        if sizes.get(name) != size
+    ]
+
+
+def _without_report(indices: Iterable[int], reports: Iterable[Report | None]) -> list[str]:
+    return [
+        f"part {index} has no readable report" for index, report in zip(indices, reports, strict=True) if report is None
+    ]
+
+
+def _done(ledger: Ledger, units: Sequence[Unit], reports: dict[int, Report | None]) -> Tally:
     """Rows and errors of the finished parts and of the journals of those under way.
 
     Error rows that are being retried, or were and are not settled yet, count where they are retried alone.
     """
     retried = {unit.retries for unit in units}
     total = Tally()
-    finished = sorted(done)
-    for index, report in zip(finished, ledger.try_reports(finished), strict=True):
+    for index, report in reports.items():
         if report is not None:
             tally = report.tally
             again = index in retried
             codes = {} if again else tally.error_codes
             total.add(Tally(rows=tally.rows - tally.errors * again, error_codes=codes))
     for unit in units:
-        if unit.index not in done:
+        if unit.index not in reports:
             rows, codes = ledger.journal(unit.index).peek()
             total.add(Tally(rows=rows, error_codes=codes))
     return total
-
-
-def _files(ledger: Ledger, folder: str) -> list[Any]:
-    return list_files(ledger.output.join(*folder.split("/")))
 
 
 def _is_alive(holder: Holder | None) -> bool:

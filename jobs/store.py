@@ -31,6 +31,10 @@ SPOOL_BYTES = 64 << 20
 """A file for an object store waits here, in memory up to this size, until it is whole."""
 
 UPLOAD_BYTES = 8 << 20
+
+ONE_PUT_BYTES = 16 << 20
+"""A file that is to be put once goes as one conditional put up to this size: no multipart upload has a condition."""
+
 PERMANENT = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_BUCKET")
 """Answers of a store that asking again does not change, as pyarrow spells them."""
 
@@ -202,8 +206,9 @@ def publish(location: Location, *, once: bool = False) -> Iterator[Any]:
     """A binary stream whose content appears under the name only when the block ends well.
 
     On a disk: a temporary file, fsync, rename. On an object store: spooled here, then put (in multiple parts where it
-    is large), and its size checked. ``once``: a file that is there already stays as it is. Raises ``StorageError``
-    naming the file and the reason; the temporary file is removed.
+    is large), and its size checked. ``once``: a file that is there already stays as it is; on an object store one of
+    more than ``ONE_PUT_BYTES`` is looked for first. Raises ``StorageError`` naming the file and the reason; the
+    temporary file is removed.
     """
     try:
         with _published_on_disk(location, once) if location.is_local else _published_remotely(location, once) as stream:
@@ -298,7 +303,11 @@ def _published_remotely(location: Location, once: bool) -> Iterator[Any]:
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
         yield spool
         size = spool.tell()
-        if not (once and exists(location)):
+        if once and size <= ONE_PUT_BYTES:
+            spool.seek(0)
+            data = spool.read()
+            patient(location, lambda: _create_remotely(location, data))
+        elif not (once and exists(location)):
             patient(location, lambda: _upload(location, spool, size))
 
 

@@ -1,6 +1,7 @@
 """One unit's way from its rows to its part: read, tokenise, order, answer, journal, write. No engine, no event loop."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +17,10 @@ from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader, check_untouched, origins
 from jobs.rows import PromptFacts, output_columns, role_values, row_prompts, row_seeds, row_untils, to_samples
 from jobs.spec import ROLES, JobSpec
-from jobs.store import Location, exists, patient
+from jobs.store import Location, delete, exists, patient
 from jobs.tally import Tally, count, timed
 from jobs.writer import error_columns, part_writer, passed_through
-from serving.errors import InputChangedError
+from serving.errors import InputChangedError, StorageError
 from serving.formats import Format, Prompt
 from serving.protocol import Request, Result
 
@@ -258,13 +259,18 @@ class UnitWork:
         self._journaled.update(rows)
 
     def finish(self) -> Tally:
-        """Write error rows, report and part, in this order, then forget the journal; returns the unit's sums.
+        """Publish error rows, report and part, in this order, then forget the journal; returns the unit's sums.
 
         The rows are read a second time; raises ``InputChangedError`` if they are others now, ``StorageError`` if
-        something cannot be written.
+        something cannot be written: what is not journaled yet is journaled then, if that can be.
         """
-        with timed(self.live, "write"):
-            tally = self._finish()
+        try:
+            with timed(self.live, "write"):
+                tally = self._finish()
+        except StorageError:
+            with suppress(StorageError):
+                self.publish_journal()
+            raise
         tally.cpu_seconds = self.live.cpu_seconds
         return tally
 
@@ -275,17 +281,13 @@ class UnitWork:
             return theirs.tally  # A runner that was thought dead has finished this unit: its part never changes.
         tally, files = Tally(replayed=self.live.replayed, twins=self.live.twins), dict[str, tuple[str, int]]()
         tally.repeated_ids, tally.ideal_tokens = self._repeated_ids, self._ideal
-        part, errors = self._ledger.part(self.unit.index), self._ledger.errors(self.unit.index)
-        compression, metadata = self._spec.compression, self._config.metadata
-        if any(samples[0].error_code is not None for samples in self._samples.values()):
-            with part_writer(errors, compression, metadata) as writer:
-                for batch, first in self._batches():
-                    writer.write(self._error_table(batch, first, tally))
-                files[f"errors/{errors.name}"] = writer.close()
-        with part_writer(part, compression, metadata, once=True) as writer:
+        part = self._ledger.part(self.unit.index)
+        with part_writer(part, self._spec.compression, self._config.metadata, once=True) as writer:
             for batch, first in self._batches():
                 writer.write(self._table(batch, first, tally))
             files[f"data/{part.name}"] = writer.close()
+            check_lease(self._config.output, self._config.lease)
+            files |= self._write_errors(tally)
             tally.rows = tally.prepared = len(self._samples)
             digests = {name: digest for name, (digest, _) in files.items()}
             sizes = {name: size for name, (_, size) in files.items()}
@@ -294,6 +296,17 @@ class UnitWork:
             )
         self._journal.drop()
         return tally
+
+    def _write_errors(self, tally: Tally) -> dict[str, tuple[str, int]]:
+        """Publish the error rows, if there are any; those of a runner that died before its part was out go."""
+        errors = self._ledger.errors(self.unit.index)
+        if all(samples[0].error_code is None for samples in self._samples.values()):
+            delete(errors)
+            return {}
+        with part_writer(errors, self._spec.compression, self._config.metadata) as writer:
+            for batch, first in self._batches():
+                writer.write(self._error_table(batch, first, tally))
+            return {f"errors/{errors.name}": writer.close()}
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
         if self.unit.rows == 0:

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 
 from jobs.digest import InputDigest
 from jobs.gather import inputs_of
-from jobs.ledger import Ledger, Report, read_job, read_manifest
+from jobs.ledger import Ledger, Report, lists_errors, read_job, read_manifest
 from jobs.plan import InputFile, Unit
-from jobs.reader import ORIGIN_FILE, ORIGIN_ROW, UnitReader, origins
+from jobs.reader import ORIGIN_FILE, ORIGIN_ROW, InputSet, UnitReader, origins
 from jobs.recheck import sha256
 from jobs.spec import ROLES, JobSpec
-from jobs.store import Location, exists, list_files, locate, patient
-from serving.errors import InputError, SpanfillError
+from jobs.store import Location, exists, locate, patient
+from serving.errors import DamagedStateError, InputError, SpanfillError
 
 
 @dataclass
@@ -32,17 +32,17 @@ class Verdict:
 def verify(folder: str) -> Verdict:
     """Check every finished part of a job's folder; reads all of its output and, of its input, what made the prompts.
 
-    Raises ``OutputError`` when the folder holds no job, ``InputError`` when its input is gone.
+    Raises ``OutputError`` when the folder holds no job.
     """
     output = locate(folder)
-    job = read_job(output)
-    ledger, manifest = Ledger.of(output, job), read_manifest(output)
-    units, done = ledger.planned(), ledger.done()
-    verdict = Verdict(finished=manifest is not None)
     try:
-        check = _Check(ledger, JobSpec.model_validate(job["spec"]), verdict)
-    except InputError as error:
-        raise InputError(f"the input cannot be compared: {error.message}", remedy=error.remedy) from error
+        job = read_job(output)
+        ledger, manifest = Ledger.of(output, job), read_manifest(output)
+        units, then = ledger.planned(), ledger.inputs()
+    except DamagedStateError as error:
+        return Verdict(finished=False, problems=[error.message])
+    verdict, done = Verdict(finished=manifest is not None), ledger.done()
+    check = _Check(ledger, JobSpec.model_validate(job["spec"]), then, verdict)
     planned = {unit.index for unit in units}
     verdict.problems += [f"{ledger.part(index).name} is not in the plan" for index in sorted(done - planned)]
     for unit in units:
@@ -56,9 +56,7 @@ def verify(folder: str) -> Verdict:
 
 
 def _against_manifest(ledger: Ledger, manifest: dict[str, Any], verdict: Verdict) -> Iterator[str]:
-    listed, there = set(manifest["parts"]), set[str]()
-    for name in ("data", "errors"):
-        there |= {f"{name}/{info.base_name}" for info in list_files(ledger.output.join(name))}
+    listed, there = set(manifest["parts"]), set(ledger.outputs())
     yield from (f"{name} is not in the manifest" for name in sorted(there - listed))
     for name, told in manifest["parts"].items():
         if name in there and sha256(ledger.output.join(*name.split("/"))) != told:
@@ -71,12 +69,18 @@ def _against_manifest(ledger: Ledger, manifest: dict[str, Any], verdict: Verdict
 class _Check:
     """Compares units with the input of a job."""
 
-    def __init__(self, ledger: Ledger, spec: JobSpec, verdict: Verdict) -> None:
+    def __init__(self, ledger: Ledger, spec: JobSpec, then: list[InputFile], verdict: Verdict) -> None:
         self._ledger = ledger
         self._spec = spec
         self._verdict = verdict
-        self._then = ledger.inputs()
-        self._inputs = inputs_of(spec, ledger.output)
+        self._then = then
+        self._key: str | None = None
+        try:
+            self._inputs: InputSet | None = inputs_of(spec, ledger.output)
+        except InputError as error:
+            self._inputs = None
+            verdict.problems.append(f"the input cannot be compared: {error.message}")
+            return
         self._now = {file.name: file for file in self._inputs.files}
         present = self._inputs.schema.names
         self._roles = [spec.column(role) for role in ROLES if spec.column(role) in present]
@@ -104,8 +108,10 @@ class _Check:
         table = _read(part, columns)
         failed = self._failed(unit.index)
         self._verdict.rows += table.num_rows
-        self._verdict.errors += len(failed) if exists(self._ledger.errors(unit.index)) else 0
-        digest, keys, sources = self._input(unit)
+        self._verdict.errors += len(failed) if lists_errors(report) else 0
+        if self._inputs is None:
+            return
+        digest, keys, sources = self._input(self._inputs, unit)
         if digest != report.input:
             yield f"{part.name}: its input's rows are not what they were when it was made"
         wanted = set(sources) if unit.retries < 0 else self._failed(unit.retries)
@@ -125,23 +131,24 @@ class _Check:
 
     def _failed(self, unit: int) -> set[tuple[str, int]]:
         """Input files and rows of what a unit could not do, whether it was retried or not."""
-        for location in (self._ledger.errors(unit), self._ledger.retried(unit)):
+        listed = lists_errors(self._ledger.read_report(unit))
+        for location in ((self._ledger.errors(unit),) if listed else ()) + (self._ledger.retried(unit),):
             if exists(location):
                 found = _read(location, ["source_file", "source_row"])
                 return set(zip(*(column.to_pylist() for column in found.columns), strict=True))
         return set()
 
-    def _input(self, unit: Unit) -> tuple[str, Sequence[Any], list[tuple[str, int]]]:
+    def _input(self, inputs: InputSet, unit: Unit) -> tuple[str, Sequence[Any], list[tuple[str, int]]]:
         """The digest of a unit's rows, their keys, and where in the input each is."""
         digest, keys, sources = InputDigest(self._roles), list[Any](), list[tuple[str, int]]()
-        for batch in self._rows(unit):
+        for batch in self._rows(inputs, unit):
             digest.add(batch)
             sources += origins(batch, self._then[unit.file], unit.start + len(sources))
             if self._key:
                 keys += _values(pa.Table.from_batches([batch]), self._key)
         return digest.hexdigest(), keys, sources
 
-    def _rows(self, unit: Unit) -> Iterator[pa.RecordBatch]:
+    def _rows(self, inputs: InputSet, unit: Unit) -> Iterator[pa.RecordBatch]:
         if unit.rows == 0:
             return iter(())
         if unit.file >= len(self._then):
@@ -149,9 +156,9 @@ class _Check:
         file: InputFile | None = self._now.get(self._then[unit.file].name)
         if file is None:
             raise InputError(f"{self._then[unit.file].name} is gone.", remedy="Put it back to verify its rows.")
-        own = [name for name in (ORIGIN_FILE, ORIGIN_ROW) if name in self._inputs.schema.names]
+        own = [name for name in (ORIGIN_FILE, ORIGIN_ROW) if name in inputs.schema.names]
         columns = list(dict.fromkeys([*self._roles, *([self._key] if self._key else []), *own]))
-        return UnitReader(self._inputs.root, columns).read(file, unit)
+        return UnitReader(inputs.root, columns).read(file, unit)
 
 
 def _read(location: Location, columns: Sequence[str]) -> pa.Table:

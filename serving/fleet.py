@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serving.app import DEPLOYMENT, build, place
 from serving.config import EngineConfig, ReplicaConfig
-from serving.errors import ConfigError, EngineError, ResourceError
+from serving.errors import ConfigError, EngineError, ResourceError, TerminatedJobError
 from serving.lifeline import beat, delete_app, guard
 from serving.protocol import EngineInfo, EngineStats
 
@@ -40,7 +40,8 @@ HOPELESS_SECONDS = 900.0
 def connected() -> Iterator[bool]:
     """Be in a Ray cluster: the one that this process is in already, else ``RAY_ADDRESS``'s, else one started here.
 
-    Gives whether the cluster was started here, and so ends here. Raises ``ConfigError`` when none answers.
+    Gives whether the cluster was started here, and so ends here. Raises ``ConfigError`` when none answers,
+    ``EngineError`` when none starts, ``TerminatedJobError`` on SIGTERM meanwhile.
     """
     if ray.is_initialized():
         _start_serve()
@@ -56,6 +57,20 @@ def connected() -> Iterator[bool]:
             ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **local)
     except OSError as error:
         raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}.", remedy="Check the address, or unset it.") from error
+    except SystemExit as error:
+        # Ray's own handler of SIGTERM is in place until ``ray.init`` has returned.
+        ray.shutdown()
+        if error.code != signal.SIGTERM:
+            raise
+        raise TerminatedJobError(
+            "interrupted; what is done is kept.", remedy="Run the same command again to resume."
+        ) from None
+    except Exception as error:  # Ray raises no class of its own when a node's processes do not come up in time.
+        ray.shutdown()
+        raise EngineError(
+            f"Ray does not start: {' '.join(str(error).split())[:300]}.",
+            remedy="The machine may be too busy: run again. Ray's logs are in /tmp/ray, or where RAY_TMPDIR says.",
+        ) from error
     try:
         _start_serve(**({} if address else {"proxy_location": "Disabled"}))
         yield not address

@@ -96,7 +96,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchResult:
-    """The answer to one micro-batch, in the order of its requests; who gave it, and how many rows wait there now."""
+    """Answers to some requests of a micro-batch, by their keys; who gave them, and how many rows wait there now."""
 
     replica: str
     results: tuple[Result, ...]

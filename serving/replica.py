@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from ray import serve
@@ -14,6 +15,9 @@ from serving.errors import EngineDeadError, EngineGoneError, EngineHungError
 from serving.pace import UNMEASURED_SECONDS, Gate, Pace
 from serving.protocol import Engine, EngineInfo, EngineStats, MicroBatch, MicroBatchResult, Result
 from serving.simulated import SimulatedEngine
+
+ANSWER_SECONDS = 2.0
+"""A row that is done waits at most so long for its neighbours in the micro-batch: only what has come can be kept."""
 
 
 async def start_engine(config: EngineConfig, *, cores: tuple[int, ...] = ()) -> Engine:
@@ -40,8 +44,8 @@ class Replica:
         cores = claim_cores(replica.cores) if claim else ()
         self._engine = await start_engine(engine, cores=cores)
 
-    async def generate(self, batch: MicroBatch) -> MicroBatchResult:
-        """Answer every request of a micro-batch, in its order.
+    async def generate(self, batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
+        """Answer every request of a micro-batch: all at once, or every ``ANSWER_SECONDS`` those that are done by then.
 
         Raises ``EngineGoneError`` when the engine is dead already, ``EngineDeadError`` when it dies meanwhile,
         ``EngineHungError`` when it stands still for longer than its measured pace explains.
@@ -51,11 +55,12 @@ class Replica:
                 await self.check_health()
             except EngineDeadError as error:
                 raise EngineGoneError(error.message, remedy=error.remedy) from None
-            results = await self._answer(batch)
-            return MicroBatchResult(self._name, results, self._engine.stats().waiting)
+            started = time.monotonic()
+            async for results in self._answer(batch):
+                yield MicroBatchResult(self._name, results, self._engine.stats().waiting)
+            self._pace.record(time.monotonic() - started)
 
-    async def _answer(self, batch: MicroBatch) -> tuple[Result, ...]:
-        started = time.monotonic()
+    async def _answer(self, batch: MicroBatch) -> AsyncIterator[tuple[Result, ...]]:
         tasks = [
             asyncio.ensure_future(
                 self._engine.generate(r, batch.sampling, priority=batch.priority, cache_salt=batch.cache_salt)
@@ -63,27 +68,31 @@ class Replica:
             for r in batch.requests
         ]
         answers = asyncio.gather(*tasks)
+        # Whoever gives up learns why it did, not what came after.
+        answers.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        steps, looked = self._engine.stats().steps, time.monotonic()
         try:
-            results = await self._unless_hung(answers, batch.patience or UNMEASURED_SECONDS)
+            while not answers.done():
+                patience = self._pace.patience or batch.patience or UNMEASURED_SECONDS
+                left = looked + patience - time.monotonic()
+                timeout = max(0.0, min(left, ANSWER_SECONDS))
+                await asyncio.wait((answers, self._hung), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                if answers.done():
+                    answers.result()
+                elif self._hung.done():
+                    raise self._hang()
+                elif time.monotonic() >= looked + patience:
+                    before, steps, looked = steps, self._engine.stats().steps, time.monotonic()
+                    if steps == before:
+                        self._hung.set_result(f"the engine hangs: it made no step in {patience:.0f} s.")
+                        raise self._hang()
+                if done := [task for task in tasks if task.done()]:
+                    tasks = [task for task in tasks if not task.done()]
+                    yield tuple(task.result() for task in done)
         finally:
             answers.cancel()
-            if answers.done() and not answers.cancelled():
-                answers.exception()  # Seen: the caller learns why it gave up, not what came after.
             for task in tasks:
                 task.cancel()
-        self._pace.record(time.monotonic() - started)
-        return tuple(results)
-
-    async def _unless_hung(self, answers: "asyncio.Future[list[Result]]", unmeasured: float) -> list[Result]:
-        """Wait as long as the engine steps; one that does not, for its measured patience, is hung for everybody."""
-        while not self._hung.done():
-            steps, patience = self._engine.stats().steps, self._pace.patience or unmeasured
-            await asyncio.wait((answers, self._hung), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            if answers.done():
-                return answers.result()
-            if not self._hung.done() and self._engine.stats().steps == steps:
-                self._hung.set_result(f"the engine hangs: it made no step in {patience:.0f} s.")
-        raise self._hang()
 
     def _hang(self) -> EngineHungError:
         return EngineHungError(self._hung.result(), remedy="Its replica is started again.")

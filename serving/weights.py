@@ -8,7 +8,14 @@ from serving.errors import ModelError
 from serving.models import Model
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-CONFIGURATION = (".json", ".model", ".txt", ".tiktoken", ".jinja")
+CODE_AND_TOKENIZERS = (".py", ".model", ".tiktoken", ".bpe")
+CONFIGURATION = {
+    *("config.json", "params.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tekken.json"),
+}
+"""Files that tell how weights are read and text is tokenised; notes on a training, say, change no infill."""
+
 SAMPLES = 64
 SAMPLE_BYTES = 4_096
 MOST_HEADER_BYTES = 16 << 20
@@ -20,16 +27,16 @@ HUB_SECONDS = 10.0
 def weights_identity(model: Model, revision: str | None) -> dict[str, Any]:
     """The identity of a model's weights, equal wherever the same files lie.
 
-    For a hub id: the id and its commit. For a folder: the sha256 of each configuration and tokenizer file (but the
-    generation configuration, which is ignored), and of each weights file its size and a sha256 of its header and of 64
+    For a hub id: the id and its commit. For a folder: the sha256 of each configuration, tokenizer and code file (the
+    generation configuration is ignored), and of each weights file its size and a sha256 of its header and of 64
     evenly spread blocks of 4 KiB, so that two fine-tunes of one architecture differ although their headers are alike.
     Raises ``ModelError`` for a file that cannot be read.
     """
     if model.path is None:
         return {"hub": model.hub_id, "revision": revision}
     try:
-        found = (p for p in model.path.iterdir() if p.is_file() and p.name != "generation_config.json")
-        files = sorted(p for p in found if p.suffix in WEIGHTS + CONFIGURATION)
+        found = (path for path in model.path.iterdir() if path.is_file())
+        files = sorted(p for p in found if p.suffix in WEIGHTS + CODE_AND_TOKENIZERS or p.name in CONFIGURATION)
         return {path.name: _weights(path) if path.suffix in WEIGHTS else _sha256(path.read_bytes()) for path in files}
     except OSError as error:
         raise ModelError(f"{error.filename}: {error.strerror}.", remedy="Grant read access to it.") from error

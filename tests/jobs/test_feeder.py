@@ -1,4 +1,5 @@
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -19,7 +20,7 @@ def test_what_a_call_raises_ends_the_unit_whatever_it_is(write_rows: WriteRows) 
     lease = Lease.take(job.output, say=lambda _: None)
     ledger.open(job.identity, job.spec.model_dump(mode="json"), {}, resume=True, overwrite=False)
 
-    async def broken(batch: MicroBatch) -> MicroBatchResult:
+    def broken(batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
         raise LookupError("nobody expects this")
 
     async def main() -> None:

@@ -8,7 +8,7 @@ import asyncio
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,9 @@ class LocalFeeder(Feeder):
         """Begin to call a simulated engine."""
         simulated = SimulatedEngine(engine)
 
-        async def call(batch: MicroBatch) -> MicroBatchResult:
+        async def call(batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
             asked = (simulated.generate(request, batch.sampling) for request in batch.requests)
-            return MicroBatchResult("local", tuple(await asyncio.gather(*asked)))
+            yield MicroBatchResult("local", tuple(await asyncio.gather(*asked)))
 
         self.connect(call, Route(replicas=1, window=2, block_size=16))
 

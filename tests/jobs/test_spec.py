@@ -37,3 +37,28 @@ def test_speculation_is_another_job() -> None:
     """Drafts that are accepted use up a seed's random numbers otherwise, so sampled infills change."""
     drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
     assert job_fingerprint(engine_args={"speculative_config": drafts}) != job_fingerprint()
+
+
+COLUMNS = ["id", "prefix", "suffix"]
+SPELLINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"limit": 100}, {}),
+    ({"limit": 101}, {}),
+    ({"columns": {"prefix": "prefix"}}, {}),
+    ({"columns": {"suffix": "suffix", "id": "id"}}, {}),
+    ({"keep_columns": ("suffix", "prefix", "id")}, {}),
+    ({"keep_columns": ("suffix", "id")}, {"keep_columns": ("id", "suffix")}),
+    ({"stop": ("b", "a", "b")}, {"stop": ("a", "b")}),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SPELLINGS)
+def test_the_same_job_in_other_words_is_the_same_job(one: dict[str, Any], other: dict[str, Any]) -> None:
+    specs = [JobSpec.parse({"input": "in", "output": "out", **options}) for options in (one, other)]
+    assert specs[0].in_plain_words(COLUMNS, 100) == specs[1].in_plain_words(COLUMNS, 100)
+
+
+def test_a_limit_below_the_rows_and_columns_left_out_make_another_job() -> None:
+    plain = JobSpec(input="in", output="out").in_plain_words(COLUMNS, 100)
+    for options in ({"limit": 99}, {"keep_columns": ("id",)}, {"columns": {"prefix": "suffix"}}, {"stop": ("a",)}):
+        spec = JobSpec.parse({"input": "in", "output": "out", **options})
+        assert spec.in_plain_words(COLUMNS, 100) != plain

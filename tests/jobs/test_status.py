@@ -147,7 +147,7 @@ def test_a_part_without_a_report_is_damage(clean: JobFolder) -> None:
     clean.interrupt()
     clean.report(3).unlink()
     status = read_status(str(clean.output))
-    assert (status.state, status.problems) == ("damaged", ("part 3 has no report",))
+    assert (status.state, status.problems) == ("damaged", ("part 3 has no readable report",))
 
 
 def test_a_report_that_is_being_written_is_no_trouble(clean: JobFolder) -> None:
@@ -250,3 +250,43 @@ def test_the_command_says_2_where_there_is_no_job(tmp_path: Path, spanfill: Comm
     ran = spanfill("status", tmp_path)
     assert ran.code == 2
     assert "no job's folder" in ran.stderr
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_part_that_was_cut_short_is_damage(clean: JobFolder, interrupted: bool) -> None:
+    if interrupted:
+        clean.interrupt(4)
+    part = clean.part(2)
+    size = part.stat().st_size
+    part.write_bytes(part.read_bytes()[:100])
+    status = read_status(str(clean.output))
+    assert (status.state, status.problems) == ("damaged", (f"data/{part.name} has 100 bytes, not {size}",))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_report_that_cannot_be_read_is_damage(clean: JobFolder, interrupted: bool) -> None:
+    if interrupted:
+        clean.interrupt(4)
+    clean.report(3).write_text("{")
+    status = read_status(str(clean.output))
+    assert (status.state, status.problems) == ("damaged", ("part 3 has no readable report",))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("name", ["notes.txt", "sub/part.parquet"])
+def test_a_stranger_in_data_is_damage(clean: JobFolder, interrupted: bool, name: str) -> None:
+    if interrupted:
+        clean.interrupt(4)
+    stranger = clean.output / "data" / name
+    stranger.parent.mkdir(exist_ok=True)
+    stranger.write_text("x")
+    status = read_status(str(clean.output))
+    assert (status.state, status.problems) == ("damaged", (f"data/{name} is not the job's",))
+
+
+@pytest.mark.parametrize("key", ["parts", "bytes", "error_codes"])
+def test_a_manifest_that_lacks_what_it_must_say_is_damage(clean: JobFolder, key: str) -> None:
+    clean.edit(clean.state("manifest.json"), lambda told: told.update({key: None}))
+    status = read_status(str(clean.output))
+    assert status.state == "damaged"
+    assert "manifest.json is damaged" in status.problems[0]

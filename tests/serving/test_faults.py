@@ -12,7 +12,17 @@ import pytest
 
 from serving.config import EngineConfig, ReplicaConfig
 from serving.errors import EngineDeadError, EngineGoneError, EngineHungError
-from serving.protocol import Completion, Engine, EngineInfo, EngineStats, MicroBatch, Request, Result, Sampling
+from serving.protocol import (
+    Completion,
+    Engine,
+    EngineInfo,
+    EngineStats,
+    MicroBatch,
+    MicroBatchResult,
+    Request,
+    Result,
+    Sampling,
+)
 from serving.replica import Replica
 from serving.simulated import SimulatedEngine
 
@@ -200,7 +210,12 @@ def call(
 ) -> "asyncio.Task[Any]":
     requests = tuple(Request(key, token_ids) for key, token_ids in enumerate(prompts))
     batch = MicroBatch(requests, SAMPLING, alone=alone, patience=patience)
-    return asyncio.create_task(replica.generate(batch))
+
+    async def gathered() -> MicroBatchResult:
+        answers = [answer async for answer in replica.generate(batch)]
+        return MicroBatchResult(answers[-1].replica, tuple(result for answer in answers for result in answer.results))
+
+    return asyncio.create_task(gathered())
 
 
 def test_a_replica_answers_in_order_and_says_who_it_is(start_replica: StartReplica) -> None:

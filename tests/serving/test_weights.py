@@ -84,6 +84,24 @@ def test_the_same_files_elsewhere_are_the_same_model(
 
 
 @FORMS
+@pytest.mark.parametrize(
+    "name", ["training.json", "notes.txt", "trainer_state.json", "chat_template.jinja", "README.md"]
+)
+def test_notes_beside_the_weights_change_nothing(copy: Path, form: Form, name: str) -> None:
+    before = identity(copy)
+    (copy / name).write_text("{}")
+    assert identity(copy) == before
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.bpe", "modeling_own.py", "quantize_config.json"])
+def test_what_decides_how_weights_are_read_is_part_of_them(copy: Path, form: Form, name: str) -> None:
+    before = identity(copy)
+    (copy / name).write_text("{}")
+    assert identity(copy) != before
+
+
+@FORMS
 def test_another_fine_tune_differs_although_sizes_and_headers_are_alike(
     checkpoints: dict[tuple[str, int], Path], form: Form
 ) -> None:
@@ -137,7 +155,7 @@ def test_a_header_that_names_its_tensors_otherwise_is_seen(copy: Path, form: For
 
 
 @FORMS
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "chat.jinja"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "vocab.txt"])
 def test_a_changed_configuration_or_tokenizer_is_another_model(copy: Path, form: Form, name: str) -> None:
     before = identity(copy)
     path = copy / name
