@@ -4,6 +4,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -119,6 +120,21 @@ def test_a_put_whose_answer_was_lost_and_is_repeated_counts_as_ours(s3: Location
     assert create(s3.join("file"), b"with a token of its own")
     assert create(s3.join("file"), b"with a token of its own")
     assert not create(s3.join("file"), b"with another token")
+
+
+def test_a_store_that_fails_when_it_is_asked_whose_put_it_was_is_a_storage_error(
+    s3: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import obstore
+    from obstore.exceptions import GenericError
+
+    def fail(*_: object) -> None:
+        raise GenericError("503 Slow Down")
+
+    assert create(s3.join("file"), b"one")
+    monkeypatch.setattr(obstore, "get", fail)
+    with pytest.raises(StorageError, match="cannot be created: 503 Slow Down"):
+        create(replace(s3.join("file"), patience=0.5), b"one")
 
 
 def test_publishing_once_leaves_what_is_there_as_it_is(folder: Location) -> None:

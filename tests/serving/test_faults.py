@@ -307,3 +307,36 @@ def test_a_cancelled_call_blocks_nobody_who_wants_to_be_alone(start_replica: Sta
         await asyncio.gather(other, return_exceptions=True)
 
     asyncio.run(main())
+
+
+class Uneven(Slow):
+    """Answers keys below 2 at once and the others when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(looks=1 << 30)
+        self.release = asyncio.Event()
+
+    async def generate(
+        self, request: Request, sampling: Sampling, *, priority: int = 0, cache_salt: str | None = None
+    ) -> Result:
+        if request.key >= 2:
+            await self.release.wait()
+        return Result(request.key, (Completion([1], "length"),))
+
+
+def test_a_row_that_is_done_does_not_wait_for_its_slowest_neighbour(
+    start_replica: StartReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.replica.ANSWER_SECONDS", 0.05)
+
+    async def main() -> list[list[int]]:
+        replica, engine = await start_replica(), Uneven()
+        replica._engine = engine
+        batch = MicroBatch(tuple(Request(key, GOOD) for key in range(4)), SAMPLING)
+        found = []
+        async for answer in replica.generate(batch):
+            found.append([result.key for result in answer.results])
+            engine.release.set()
+        return found
+
+    assert asyncio.run(main()) == [[0, 1], [2, 3]]
