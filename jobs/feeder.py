@@ -188,7 +188,7 @@ class Feeder:
             return
         flight = Flight(work, sum(len(batch) for group in groups for batch in group))
         self._flights[work.unit.index] = flight
-        self._lanes.add(work.unit.index, groups)
+        self._lanes.add(work.unit.index, groups, work.weights)
         journal = asyncio.create_task(self._keep_journal(work))
         try:
             self._pump()

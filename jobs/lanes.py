@@ -28,49 +28,60 @@ Batch = list[int]
 
 @dataclass(slots=True)
 class Ticket:
-    """A micro-batch that a lane has taken: rows of a unit, until ``Lanes.settle``."""
+    """A micro-batch that a lane has taken: rows of a unit and what they weigh, until ``Lanes.settle``."""
 
     lane: int
     unit: int
     rows: Batch
+    weight: float
     open: bool = True
 
 
 @dataclass(slots=True)
 class _Lane:
+    """What is in flight to a replica, and its speed in weight a second."""
+
     window: int
     calls: int = 0
-    rows: int = 0
+    weight: float = 0.0
     done: float = 0.0
     seconds: float = 0.0
     since: float = 0.0
 
-    def measure(self, now: float, rows: int) -> None:
-        """Count rows that were answered since the last time."""
+    def measure(self, now: float, weight: float) -> None:
+        """Count what was answered since the last time."""
         passed, self.since = max(0.0, now - self.since), now
         fade = math.exp(-passed / MEMORY_SECONDS)
-        self.done, self.seconds = self.done * fade + rows, self.seconds * fade + passed
+        self.done, self.seconds = self.done * fade + weight, self.seconds * fade + passed
 
     def left(self, now: float) -> float:
-        """Rows of those in flight that are still to be done, by its speed since the last answer."""
-        return max(0.0, self.rows - self.speed * (now - self.since)) if self.rows else 0.0
+        """The weight in flight that is still to be done, by its speed since the last answer."""
+        return max(0.0, self.weight - self.speed * (now - self.since)) if self.calls else 0.0
 
     @property
     def speed(self) -> float:
-        """Rows a second while it had any; 0 before the first answer."""
+        """Weight a second while it had any; 0 before the first answer."""
         return self.done / self.seconds if self.seconds else 0.0
 
 
 @dataclass(slots=True)
 class _Queue:
-    """A unit's micro-batches that wait, by lane."""
+    """A unit's micro-batches that wait, by lane, and what each of its rows weighs."""
 
     unit: int
+    weights: Sequence[float]
     runs: list[deque[Batch]] = field(default_factory=list)
+
+    def weigh(self, rows: Batch) -> float:
+        """What rows of the unit weigh together."""
+        return sum(self.weights[row] for row in rows)
 
 
 class Lanes:
-    """``count`` lanes of at first ``window`` calls in flight, each of micro-batches of at most ``batch_rows`` rows."""
+    """``count`` lanes of at first ``window`` calls in flight, each of micro-batches of at most ``batch_rows`` rows.
+
+    A row weighs what it costs an engine, in any unit: tokens to compute, say.
+    """
 
     def __init__(
         self, count: int, window: int, batch_rows: int, *, clock: Callable[[], float] = time.monotonic
@@ -79,50 +90,61 @@ class Lanes:
         self._most = MOST_WINDOWS * window
         self._batch_rows = batch_rows
         self._queues: dict[int, _Queue] = {}
-        self._waiting = 0
+        self._waiting = self._added = 0.0
+        self._added_rows = 0
         self._clock = clock
 
     def __len__(self) -> int:
         return len(self._lanes)
 
-    def add(self, unit: int, groups: Sequence[Sequence[Batch]]) -> None:
-        """Deal a unit's groups, the largest first, each to the lane that has the fewest rows of the unit.
+    def add(self, unit: int, groups: Sequence[Sequence[Batch]], weights: Sequence[float]) -> None:
+        """Deal a unit's groups, the heaviest first, each to the lane that has the least of the unit.
 
-        A group of more than a lane's share is cut between micro-batches.
+        A group of more than a lane's share is cut between micro-batches. A lane begins with its heaviest rows, so that
+        the last ones to end are light. ``weights`` has one of each row that the groups name, at its index.
         """
-        total = sum(len(batch) for group in groups for batch in group)
-        share = max(1, math.ceil(total / len(self._lanes)))
-        runs: list[deque[Batch]] = [deque() for _ in self._lanes]
-        rows = [0] * len(runs)
-        pieces = [piece for group in groups for piece in _pieces(group, share)]
-        for piece in sorted(pieces, key=lambda piece: -sum(map(len, piece))):
-            lane = rows.index(min(rows))
-            runs[lane].extend(piece)
-            rows[lane] += sum(map(len, piece))
-        self._queues[unit] = _Queue(unit, runs)
+        queue = _Queue(unit, weights, [deque() for _ in self._lanes])
+        total = sum(queue.weigh(batch) for group in groups for batch in group)
+        share = total / max(1, len(self._lanes))
+        pieces = [_Piece(piece, queue) for group in groups for piece in _pieces(group, queue, share)]
+        dealt: list[list[_Piece]] = [[] for _ in self._lanes]
+        loads = [0.0] * len(self._lanes)
+        for piece in sorted(pieces, key=lambda piece: -piece.weight):
+            lane = loads.index(min(loads))
+            dealt[lane].append(piece)
+            loads[lane] += piece.weight
+        for run, own in zip(queue.runs, dealt, strict=True):
+            for piece in sorted(own, key=lambda piece: -piece.weight / piece.rows):
+                run.extend(piece.batches)
+        self._queues[unit] = queue
         self._waiting += total
+        self._added += total
+        self._added_rows += sum(piece.rows for piece in pieces)
 
     def take(self, lane: int) -> Ticket | None:
         """The lane's next micro-batch; None when its window is full, nothing waits, or others will be sooner done."""
         state = self._lanes[lane]
-        if state.calls >= state.window or not self._waiting:
-            return None
-        room = self._room(state)
-        found = self._own(lane) or self._other()
-        if room <= 0 or found is None:
+        if state.calls >= state.window or (found := self._own(lane) or self._other()) is None:
             return None
         queue, run, last = found
+        row = self._added / self._added_rows
+        call = max(self._batch_rows, min(LARGEST, int(state.speed * CALL_SECONDS / row)))
+        room = self._room(state, call * row, SMALLEST * row)
+        if room <= 0:
+            return None
         batch = run.pop() if last else run.popleft()
-        while run and len(batch) + len(run[-1 if last else 0]) <= room:
+        while run and len(batch) + len(more := run[-1 if last else 0]) <= call and queue.weigh(batch + more) <= room:
             batch = run.pop() + batch if last else batch + run.popleft()
-        if room < len(batch):
-            (run.append if last else run.appendleft)(batch[room:])
-            batch = batch[:room]
-        self._waiting -= len(batch)
+        fitting = min(call, _fitting(queue, batch, room))
+        if fitting < len(batch):
+            (run.append if last else run.appendleft)(batch[fitting:])
+            batch = batch[:fitting]
+        weight = queue.weigh(batch)
+        self._waiting -= weight
         if not state.calls:
             state.since = self._clock()
-        state.calls, state.rows = state.calls + 1, state.rows + len(batch)
-        return Ticket(lane, queue.unit, batch)
+        state.calls, state.weight = state.calls + 1, state.weight + weight
+        return Ticket(lane, queue.unit, batch, weight)
 
     def _own(self, lane: int) -> tuple[_Queue, deque[Batch], bool] | None:
         return next(((q, q.runs[lane], False) for q in self._queues.values() if q.runs[lane]), None)
@@ -135,18 +157,15 @@ class Lanes:
                 return queue, run, True
         return None
 
-    def _room(self, state: _Lane) -> int:
-        """Rows that the lane may take: a call's, until so few are left that a slow one would be late with them."""
+    def _room(self, state: _Lane, call: float, smallest: float) -> float:
+        """Weight that the lane may take: any, until so little is left that a slow one would be late with it."""
         now, speeds = self._clock(), [lane.speed for lane in self._lanes]
-        call = max(self._batch_rows, min(LARGEST, int(state.speed * CALL_SECONDS)))
         flying = sum(lane.left(now) for lane in self._lanes)
         if not all(speeds) or self._waiting > 2 * flying + call:
-            return call
+            return math.inf
         seconds = (self._waiting + flying) / sum(speeds)
-        fair = int(seconds * state.speed - state.left(now))
-        if fair >= SMALLEST:
-            return min(fair, call)
-        return 0 if state.rows else SMALLEST
+        fair = seconds * state.speed - state.left(now)
+        return fair if fair >= smallest else 0.0 if state.calls else smallest
 
     def settle(self, ticket: Ticket, *, answered: bool, waiting: int | None = None) -> None:
         """Give a micro-batch's place in the window back, once.
@@ -158,8 +177,8 @@ class Lanes:
             return
         ticket.open = False
         state = self._lanes[ticket.lane]
-        state.measure(self._clock(), len(ticket.rows) if answered else 0)
-        state.calls, state.rows = state.calls - 1, state.rows - len(ticket.rows)
+        state.measure(self._clock(), ticket.weight if answered else 0.0)
+        state.calls, state.weight = state.calls - 1, state.weight - ticket.weight
         if waiting is None:
             return
         if waiting < self._batch_rows:
@@ -170,19 +189,41 @@ class Lanes:
     def drop(self, unit: int) -> int:
         """Forget what waits of a unit; returns how many rows."""
         queue = self._queues.pop(unit, None)
-        rows = sum(len(batch) for run in queue.runs for batch in run) if queue else 0
-        self._waiting -= rows
-        return rows
+        if queue is None:
+            return 0
+        left = [row for run in queue.runs for batch in run for row in batch]
+        self._waiting -= queue.weigh(left)
+        return len(left)
 
 
-def _pieces(group: Sequence[Batch], most: int) -> list[list[Batch]]:
-    """A group cut into pieces of at most ``most`` rows, or of one micro-batch."""
+class _Piece:
+    """Micro-batches that stay together."""
+
+    def __init__(self, batches: list[Batch], queue: _Queue) -> None:
+        self.batches = batches
+        self.rows = sum(map(len, batches))
+        self.weight = sum(map(queue.weigh, batches))
+
+
+def _pieces(group: Sequence[Batch], queue: _Queue, most: float) -> list[list[Batch]]:
+    """A group cut into pieces that weigh ``most`` at most, or are one micro-batch."""
     pieces: list[list[Batch]] = []
-    room = 0
+    room = 0.0
     for batch in group:
-        if len(batch) > room:
+        weight = queue.weigh(batch)
+        if weight > room:
             pieces.append([])
             room = most
         pieces[-1].append(batch)
-        room -= len(batch)
+        room -= weight
     return pieces
+
+
+def _fitting(queue: _Queue, batch: Batch, room: float) -> int:
+    """How many of a micro-batch's first rows weigh no more than ``room``, ``SMALLEST`` at least."""
+    total = 0.0
+    for count, row in enumerate(batch):
+        total += queue.weights[row]
+        if total > room and count >= SMALLEST:
+            return count
+    return len(batch)

@@ -46,7 +46,10 @@ class FeederConfig:
 
 
 class UnitWork:
-    """A unit under way; ``live`` are the sums over its rows answered so far. Rows are counted within the unit."""
+    """A unit under way; ``live`` are the sums over its rows answered so far. Rows are counted within the unit.
+
+    ``groups`` sets ``weights``, the tokens that each row costs an engine.
+    """
 
     def __init__(self, config: FeederConfig, fmt: Format, unit: Unit, file: InputFile) -> None:
         self.unit = unit
@@ -68,6 +71,7 @@ class UnitWork:
         self._wanted: set[tuple[str, int]] | None = None
         self._twins: dict[int, list[int]] = {}
         self._repeated_ids = self._ideal = 0
+        self.weights: list[int] = []
         self._digest = ""
 
     @property
@@ -179,6 +183,9 @@ class UnitWork:
         prompts = [row for row, prompt in enumerate(self._prompts) if prompt is not None]
         order = [prompts[i] for i in prefix_order([keys[row] for row in prompts])]
         ideal = dict(zip(order, ideal_cached_tokens(keys, order, block_size), strict=True))
+        # What a row costs an engine: the tokens that it must compute, those of the longest answer included.
+        longest = self._spec.n * self._spec.max_tokens
+        self.weights = [len(key) // TOKEN_BYTES - ideal.get(row, 0) + longest for row, key in enumerate(keys)]
         rows = self._find_twins(keys, order, ideal, block_size)
         self._prompts = [prompt if row in rows else None for row, prompt in enumerate(self._prompts)]
         size = self._spec.batch_rows

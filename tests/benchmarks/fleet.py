@@ -6,7 +6,8 @@
 each a process behind Ray Serve, over rows of 2 kB. ``--study``: the job's own lanes and the engines' own schedulers on
 a clock of their own in this process, where engines cost no cores. Rows come to the lanes at the rate that ``--feed``
 says (measure it with ``spanfill bench feed``), and each call is ``--call`` seconds under way. ``--slowest 0.25`` makes
-the engines' speeds fall evenly from 1 to a quarter.
+the engines' speeds fall evenly from 1 to a quarter; with ``--long 0.05`` a twentieth of the rows, the last of each unit
+in the order of their tokens, have prompts of 1,900 tokens.
 """
 
 import argparse
@@ -36,13 +37,13 @@ from serving.steady import Load, batch_size, steady_rows_per_second
 
 H100 = RooflineConfig()
 ROW_BYTES, MAX_TOKENS = 2_048, 64
-PROMPT_TOKENS, OUTPUT_TOKENS = 670, 32.5
+PROMPT_TOKENS, OUTPUT_TOKENS, LONG_TOKENS = 670, 32.5, 1_900
 """Means of such rows and of the simulated engine's answers to them; what a job really had stands in its figures."""
 
 
 def measure(replicas: int, seconds: float, feeders: int) -> dict[str, Any]:
     """A job of ``replicas`` simulated engines that has work for about ``seconds``."""
-    rows = _rows(replicas, seconds, [1.0] * replicas)
+    rows = _rows(Load(PROMPT_TOKENS, OUTPUT_TOKENS), seconds, replicas)
     with tempfile.TemporaryDirectory(prefix="spanfill-fleet-") as folder:
         source, output = f"{folder}/rows.parquet", f"{folder}/out"
         write_rows(Path(source), rows, ROW_BYTES, seed=0)
@@ -63,9 +64,8 @@ def measure(replicas: int, seconds: float, feeders: int) -> dict[str, Any]:
     }
 
 
-def _rows(replicas: int, seconds: float, speeds: list[float]) -> int:
-    steady = steady_rows_per_second(H100, Load(PROMPT_TOKENS, OUTPUT_TOKENS))
-    return int(steady * sum(speeds) * seconds)
+def _rows(load: Load, seconds: float, speeds: float) -> int:
+    return int(steady_rows_per_second(H100, load) * speeds * seconds)
 
 
 @dataclass
@@ -99,14 +99,16 @@ class _Replica:
 class Study:
     """A job on a clock of its own: events in the order of their times."""
 
-    def __init__(self, speeds: list[float], *, feed: float, call: float, seed: int = 0) -> None:
+    def __init__(self, speeds: list[float], *, feed: float, call: float, long: float = 0.0, seed: int = 0) -> None:
         spec = JobSpec(input="", output="", engine="simulated")
         route, _ = route_of(len(speeds), H100.max_num_seqs, H100.block_size, spec)
         self.now = 0.0
         self._lanes = Lanes(route.replicas, route.window, spec.batch_rows, clock=lambda: self.now)
         self._batch_rows, self._unit_rows = spec.batch_rows, spec.rows_per_part
         self._replicas = [_Replica(speed) for speed in speeds]
-        self._feed, self._call = feed, call
+        self._feed, self._call, self._long = feed, call, long
+        self.load = Load(PROMPT_TOKENS + long * (LONG_TOKENS - PROMPT_TOKENS), OUTPUT_TOKENS)
+        self._prompts: dict[int, list[int]] = {}
         self._draw = random.Random(seed)
         self._futures = asyncio.new_event_loop()
         self._events: list[tuple[float, int, Any]] = []
@@ -121,8 +123,7 @@ class Study:
             self.now, _, event = heapq.heappop(self._events)
             event()
         count, replicas = len(self._replicas), self._replicas
-        load = Load(PROMPT_TOKENS, OUTPUT_TOKENS)
-        steady = steady_rows_per_second(H100, load) * sum(replica.speed for replica in replicas)
+        steady = steady_rows_per_second(H100, self.load) * sum(replica.speed for replica in replicas)
         first = min(rows, self._unit_rows) / self._feed
         seconds = self.now - first
         ends = [replica.end for replica in replicas]
@@ -134,7 +135,7 @@ class Study:
             "of steady": rows / seconds / steady,
             "busy_share": sum(replica.busy_seconds for replica in replicas) / seconds / count,
             "mean_running": sum(r.row_seconds for r in replicas) / sum(r.busy_seconds for r in replicas),
-            "occupancy": sum(r.row_seconds for r in replicas) / seconds / count / batch_size(H100, load),
+            "occupancy": sum(r.row_seconds for r in replicas) / seconds / count / batch_size(H100, self.load),
             "ends within": (max(ends) - min(ends)) / seconds,
         }
 
@@ -144,7 +145,10 @@ class Study:
     def _unit(self, unit: int, rows: int) -> None:
         """A unit is tokenised: rows that share nothing, so each micro-batch is a group."""
         batches = [list(range(at, min(at + self._batch_rows, rows))) for at in range(0, rows, self._batch_rows)]
-        self._lanes.add(unit, [[batch] for batch in batches])
+        short = rows - int(self._long * rows)
+        prompts = [self._draw.randint(PROMPT_TOKENS - 70, PROMPT_TOKENS + 70) for _ in range(short)]
+        self._prompts[unit] = prompts = prompts + [LONG_TOKENS] * (rows - short)
+        self._lanes.add(unit, [[batch] for batch in batches], [prompt + MAX_TOKENS for prompt in prompts])
         self._pump()
 
     def _pump(self) -> None:
@@ -158,7 +162,7 @@ class Study:
 
     def _arrive(self, ticket: Ticket) -> None:
         replica = self._replicas[ticket.lane]
-        rows = [self._sequence() for _ in ticket.rows]
+        rows = [self._sequence(self._prompts[ticket.unit][row]) for row in ticket.rows]
         for row in rows:
             replica.scheduler.add(row, BATCH_PRIORITY)
         replica.calls.append((ticket, rows))
@@ -166,8 +170,8 @@ class Study:
             replica.stepping = True
             self._at(self.now + replica.step(), lambda: self._stepped(replica))
 
-    def _sequence(self) -> Sequence:
-        tokens = array("i", [self._draw.getrandbits(30)]) * self._draw.randint(PROMPT_TOKENS - 70, PROMPT_TOKENS + 70)
+    def _sequence(self, prompt: int) -> Sequence:
+        tokens = array("i", [self._draw.getrandbits(30)]) * prompt
         output = self._draw.randint(1, MAX_TOKENS)
         return Sequence(tokens, output, None, self._futures.create_future())
 
@@ -184,11 +188,14 @@ class Study:
         self._pump()
 
 
-def study(replicas: int, seconds: float, *, feed: float, call: float, slowest: float) -> dict[str, Any]:
+def study(
+    replicas: int, seconds: float, *, feed: float, call: float, slowest: float, long: float = 0.0
+) -> dict[str, Any]:
     """``replicas`` engines with work for about ``seconds`` of the study's clock."""
     speeds = [1.0 - (1.0 - slowest) * number / max(1, replicas - 1) for number in range(replicas)]
-    told = Study(speeds, feed=feed, call=call).run(_rows(replicas, seconds, speeds))
-    return told | {"feed": feed, "call": call, "slowest": slowest}
+    made = Study(speeds, feed=feed, call=call, long=long)
+    told = made.run(_rows(made.load, seconds, sum(speeds)))
+    return told | {"feed": feed, "call": call, "slowest": slowest, "long": long}
 
 
 def shown(lines: list[dict[str, Any]]) -> Table:
@@ -213,9 +220,10 @@ def main() -> None:
     parser.add_argument("--feed", type=float, default=5_000.0, help="rows/s that come to the lanes of the study")
     parser.add_argument("--call", type=float, default=0.02, help="seconds of a call's way to a replica and back")
     parser.add_argument("--slowest", type=float, default=1.0)
+    parser.add_argument("--long", type=float, default=0.0, help="share of rows with long prompts in the study")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    options = {"feed": asked.feed, "call": asked.call, "slowest": asked.slowest}
+    options = {"feed": asked.feed, "call": asked.call, "slowest": asked.slowest, "long": asked.long}
     lines = [measure(count, asked.seconds, asked.feeders) for count in asked.replicas]
     lines += [study(count, asked.seconds, **options) for count in asked.study]
     Console(width=None if sys.stdout.isatty() else 120).print(shown(lines))

@@ -9,6 +9,12 @@ from jobs.lanes import Lanes, Ticket
 
 GROUPS = st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=5), max_size=12)
 
+EVEN = [1.0] * 2_000
+
+
+def weights(rows: int) -> st.SearchStrategy[list[float]]:
+    return st.lists(st.floats(0.5, 2_000), min_size=rows, max_size=rows)
+
 
 def groups_of(sizes: list[list[int]], first: int = 0) -> list[list[list[int]]]:
     rows = itertools.count(first)
@@ -22,7 +28,7 @@ def test_every_row_is_taken_once_whoever_asks(
     now = itertools.count()
     lanes = Lanes(count, window, 8, clock=lambda: float(next(now)))
     for number, sizes in enumerate(units):
-        lanes.add(number, groups_of(sizes))
+        lanes.add(number, groups_of(sizes), data.draw(weights(sum(map(sum, sizes)))))
     taken: dict[int, list[int]] = {number: [] for number in range(len(units))}
     flying: list[Ticket] = []
     idle = 0
@@ -46,7 +52,7 @@ def test_every_row_is_taken_once_whoever_asks(
 
 def test_a_group_stays_in_one_lane_in_order() -> None:
     lanes = Lanes(2, 8, 4)
-    lanes.add(0, groups_of([[4, 4, 4], [4, 4, 4]]))
+    lanes.add(0, groups_of([[4, 4, 4], [4, 4, 4]]), EVEN)
     taken = [[ticket.rows[0] for _ in range(3) if (ticket := lanes.take(lane))] for lane in (0, 1)]
     assert taken == [[0, 4, 8], [12, 16, 20]]
 
@@ -54,7 +60,7 @@ def test_a_group_stays_in_one_lane_in_order() -> None:
 def test_the_window_bounds_what_is_in_flight_and_follows_the_engines_queue() -> None:
     now = itertools.count()
     lanes = Lanes(1, 2, 4, clock=lambda: float(next(now)))
-    lanes.add(0, groups_of([[4] * 100]))
+    lanes.add(0, groups_of([[4] * 100]), EVEN)
     first, second = lanes.take(0), lanes.take(0)
     assert first
     assert second
@@ -71,7 +77,7 @@ def test_the_window_bounds_what_is_in_flight_and_follows_the_engines_queue() -> 
 def test_a_fast_engine_gets_several_micro_batches_in_one_call() -> None:
     now = 0.0
     lanes = Lanes(1, 1, 8, clock=lambda: now)
-    lanes.add(0, groups_of([[8] * 200]))
+    lanes.add(0, groups_of([[8] * 200]), EVEN)
     sizes = []
     for _ in range(4):
         ticket = lanes.take(0)
@@ -86,7 +92,7 @@ def test_a_fast_engine_gets_several_micro_batches_in_one_call() -> None:
 
 def test_what_waits_of_a_dropped_unit_is_forgotten() -> None:
     lanes = Lanes(2, 1, 4)
-    lanes.add(0, groups_of([[4, 4, 4]]))
+    lanes.add(0, groups_of([[4, 4, 4]]), EVEN)
     assert lanes.take(0)
     assert lanes.drop(0) == 8
     assert lanes.take(1) is None
@@ -98,7 +104,7 @@ def test_replicas_of_unequal_speed_end_together(speeds: list[int]) -> None:
     now = 0.0
     lanes = Lanes(len(speeds), 4, 64, clock=lambda: now)
     rows = sum(speeds) * 1_000
-    lanes.add(0, groups_of([[64] * (rows // 64)]))
+    lanes.add(0, groups_of([[64] * (rows // 64)]), [1.0] * rows)
     free, ends = [0.0] * len(speeds), [0.0] * len(speeds)
     flying: list[tuple[float, int, Ticket]] = []
     order = itertools.count()
@@ -115,3 +121,12 @@ def test_replicas_of_unequal_speed_end_together(speeds: list[int]) -> None:
         lanes.settle(ticket, answered=True, waiting=max(0, waiting - 64))
     assert max(ends) - min(ends) <= 0.02 * max(ends)
     assert max(ends) <= 1.02 * rows / sum(speeds)
+
+
+def test_a_lane_begins_with_its_heaviest_rows() -> None:
+    lanes = Lanes(1, 100, 4)
+    heavy = [1.0] * 8 + [9.0] * 4 + [5.0] * 4
+    lanes.add(0, groups_of([[4], [4], [4], [4]]), heavy)
+    taken = [ticket.rows[0] for _ in range(4) if (ticket := lanes.take(0))]
+    assert taken[:2] == [8, 12]
+    assert sorted(taken[2:]) == [0, 4]
