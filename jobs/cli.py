@@ -133,6 +133,7 @@ def run(
     json_: Json = False,
 ) -> None:
     """Infill every row of a Parquet input; the same command resumes an interrupted job."""
+    from jobs.measured import StartUp
     from jobs.progress import Display
     from jobs.runner import run_job
     from jobs.spec import parse_spec
@@ -154,7 +155,7 @@ def run(
     # Ray prints some of its messages to stdout, which belongs to the manifest.
     with redirect_stdout(sys.stderr), Display() as display:
         notice(spec.model, display.console, engine=spec.engine)
-        manifest = run_job(spec, watcher=display)
+        manifest = run_job(spec, watcher=display, startup=StartUp.of_command())
     if json_:
         print(json.dumps(manifest))
     else:

@@ -43,7 +43,6 @@ def connected() -> Iterator[bool]:
     Gives whether the cluster was started here, and so ends here. Raises ``ConfigError`` when none answers.
     """
     if ray.is_initialized():
-        _start_serve()
         yield False
         return
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -57,7 +56,6 @@ def connected() -> Iterator[bool]:
     except OSError as error:
         raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}.", remedy="Check the address, or unset it.") from error
     try:
-        _start_serve(**({} if address else {"proxy_location": "Disabled"}))
         yield not address
     finally:
         ray.shutdown()
@@ -84,7 +82,9 @@ def _own_signal_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _start_serve(**options: str) -> None:
+def start_serve(*, embedded: bool) -> None:
+    """Start Serve unless it runs; in a cluster that ends with this process it has no HTTP proxy."""
+    options = {"proxy_location": "Disabled"} if embedded else {}
     serve.start(logging_config={"log_level": "ERROR", "enable_access_log": False}, **options)
 
 
