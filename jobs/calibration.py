@@ -24,9 +24,16 @@ CPU_STEP_SECONDS = 0.005
 """What a step costs vLLM's CPU build beside the model: scheduling, copying, sampling."""
 
 
+STOP_REASONS = ("eom", "eos")
+"""Finish reasons of rows that a stop token ended."""
+
+
 @dataclass(frozen=True)
 class Observed:
-    """A finished job's means a row, and the seconds that one replica took for one."""
+    """A finished job's means a row, stop tokens among its output, and the seconds that one replica took for one.
+
+    A manifest tells the rate of its last run and the tokens of all runs: rows are taken to weigh the same in each.
+    """
 
     name: str
     prompt_tokens: float
@@ -47,6 +54,7 @@ class Observed:
 class Calibration:
     """Seconds a row of one replica = ``prompt_seconds`` * computed prompt tokens + ``output_seconds`` * output tokens.
 
+    Stop tokens are output tokens: an engine takes a step for them too.
     ``ratio_assumed`` says that the jobs told only the scale, and a roofline the ratio of the two. ``on_cpu`` tells
     which block size the prefix cache has.
     """
@@ -69,19 +77,26 @@ def observe(folder: str) -> Observed:
     if manifest is None:
         raise OutputError(f"{folder} is a job that is not finished.", remedy="Run it to its end first.")
     rate, samples, rows = manifest["rows_per_second"], manifest["rows"], manifest["tally"]["rows"]
-    if manifest["engine"] == "instant" or not rate or not samples or not manifest["completion_tokens"]:
+    replicas = manifest.get("engines", {}).get("replicas", 0)
+    if manifest["engine"] == "instant" or not rate or not samples or not replicas:
         raise ConfigError(f"{folder} tells no speed of an engine.", remedy="Calibrate with a job that ran one.")
-    replicas = max(1, len(manifest["replicas"]))
     return Observed(
         name=folder,
         prompt_tokens=manifest["prompt_tokens"] / samples,
         computed_tokens=(manifest["prompt_tokens"] - manifest["cached_tokens"]) / samples,
-        output_tokens=manifest["completion_tokens"] / samples,
+        output_tokens=manifest["completion_tokens"] / samples + stop_share(manifest),
         seconds=replicas / (rate * samples / rows),
         replicas=replicas,
         manifest=manifest,
         engine_args=job["spec"]["engine_args"],
     )
+
+
+def stop_share(manifest: dict[str, Any]) -> float:
+    """The share of a finished job's rows that ended by a stop token, which their completion tokens leave out."""
+    reasons: dict[str, int] = manifest["finish_reasons"]
+    rows: int = manifest["rows"]
+    return sum(reasons.get(reason, 0) for reason in STOP_REASONS) / rows
 
 
 def calibrate(jobs: Sequence[Observed], shape: ModelShape) -> Calibration:

@@ -133,6 +133,7 @@ def run(
     json_: Json = False,
 ) -> None:
     """Infill every row of a Parquet input; the same command resumes an interrupted job."""
+    from jobs.measured import StartUp
     from jobs.progress import Display
     from jobs.runner import run_job
     from jobs.spec import parse_spec
@@ -154,7 +155,7 @@ def run(
     # Ray prints some of its messages to stdout, which belongs to the manifest.
     with redirect_stdout(sys.stderr), Display() as display:
         notice(spec.model, display.console, engine=spec.engine)
-        manifest = run_job(spec, watcher=display)
+        manifest = run_job(spec, watcher=display, startup=StartUp.of_command())
     if json_:
         print(json.dumps(manifest))
     else:
@@ -289,10 +290,13 @@ def plan(
     prefix_align: Annotated[int | None, typer.Option(help="As for run.")] = None,
     suffix_share: Annotated[float | None, typer.Option(help="As for run.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME; repeatable.")] = None,
-    rows_per_part: Annotated[int | None, typer.Option(help="As for run: rows that are ordered together.")] = None,
+    order: Annotated[str | None, typer.Option(help="As for run: which rows are ordered together.")] = None,
+    rows_per_part: Annotated[int | None, typer.Option(help="As for run: rows of one unit.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
     sample: Annotated[int, typer.Option(help="Rows to read.", min=1)] = 2_000,
-    output_tokens: Annotated[float | None, typer.Option(help="Mean of a row [default: max_tokens].")] = None,
+    output_tokens: Annotated[
+        float | None, typer.Option(help="Mean of a row, its stop token not counted [default: max_tokens].")
+    ] = None,
     like: Annotated[str | None, typer.Option(help="A finished job whose mean output tokens to expect.")] = None,
     gpu: Annotated[list[str] | None, typer.Option(help="H100, H200, A100 or L40S; repeatable [default: all].")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="bf16 or fp8; repeatable [default: both].")] = None,
@@ -300,7 +304,7 @@ def plan(
     replicas: Annotated[int | None, typer.Option(help="Engines side by side [default: 1].")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences of one engine at once.", min=1)] = 256,
-    fraction: Annotated[float, typer.Option(help="Of the steady rate; vLLM typically 0.4, 0.75 is excellent.")] = 0.6,
+    fraction: Annotated[float, typer.Option(help="Of the bound; vLLM typically 0.4, 0.75 is excellent.")] = 0.6,
     calibrate: Annotated[
         list[str] | None, typer.Option(help="A finished job of this machine and model, to predict it; repeatable.")
     ] = None,
@@ -315,7 +319,8 @@ def plan(
     spec = {"input": input, "output": ".", "model": model} | _present(
         revision=revision, format=format, max_tokens=max_tokens, max_model_len=max_model_len,
         prefix_align=prefix_align, suffix_share=suffix_share, columns=pairs_of(column, "--column"),
-        rows_per_part=rows_per_part, limit=limit, replicas=replicas, tensor_parallel_size=tensor_parallel_size,
+        order=order, rows_per_part=rows_per_part, limit=limit, replicas=replicas,
+        tensor_parallel_size=tensor_parallel_size,
     )  # fmt: skip
     gpus = list(dict.fromkeys(map(find_gpu, gpu or GPUS)))
     precisions = list(dict.fromkeys(map(find_precision, precision or PRECISIONS)))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jobs.calibration import Calibration, calibrate, observe
+from jobs.calibration import Calibration, calibrate, observe, stop_share
 from jobs.ledger import read_manifest
 from jobs.sample import Sample, read_sample
 from jobs.spec import JobSpec
@@ -19,7 +19,7 @@ from serving.shapes import ModelShape
 from serving.steady import Load, batch_size, steady_rows_per_second
 
 DEFAULT_FRACTION = 0.6
-"""Of the steady rate that is expected: vLLM typically reaches 0.4 of the bound, 0.6 to 0.75 is excellent."""
+"""Of the bound that is expected: vLLM typically reaches 0.4 of it, 0.6 to 0.75 is excellent."""
 
 DEFAULT_SAMPLE = 2_000
 DEFAULT_SEQUENCES = 256
@@ -27,7 +27,10 @@ DEFAULT_SEQUENCES = 256
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked beside the job itself: GPUs, precisions, dollars a GPU-hour by GPU, the fraction to expect."""
+    """What is asked beside the job itself: GPUs, precisions, dollars a GPU-hour by GPU, the fraction to expect.
+
+    ``output_tokens`` is the mean of a row without its stop token, as a job counts them.
+    """
 
     gpus: Sequence[Gpu] = tuple(GPUS.values())
     precisions: Sequence[Precision] = PRECISIONS
@@ -45,8 +48,8 @@ class Line:
     """One GPU at one precision, or machine that jobs were calibrated on (``gpu`` names them then).
 
     Rates are rows/s of one GPU, or of one replica of a calibrated machine; ``bound`` is the roofline's, ``steady`` that
-    of a full batch on it, ``predicted`` the fraction of ``steady`` that is expected. Hours are of all rows on all
-    replicas, ``cost`` is in dollars. What does not fit has no figures but ``why``.
+    of a full batch on it, ``predicted`` the fraction of ``bound`` that is expected, ``steady`` at most. Hours are of
+    all rows on all replicas, ``cost`` is in dollars. What does not fit has no figures but ``why``.
     """
 
     gpu: str
@@ -83,8 +86,10 @@ class Plan:
             "model": self.spec.model,
             "parameters": self.shape.parameters,
             **asdict(self.sample),
+            "order": self.spec.order,
             "output_tokens": self.load.output_tokens,
             "output_tokens_from": self.output_tokens_from,
+            "stop_share": self.load.stop_share,
             "fraction": self.wish.fraction,
             "replicas": self.spec.replicas,
             "tensor_parallel_size": self.spec.tensor_parallel_size,
@@ -110,10 +115,15 @@ def plan_job(spec: JobSpec, wish: Wish) -> Plan:
                 remedy="Calibrate with jobs of the model that is planned.",
             )
     calibration = calibrate(observed, shape) if observed else None
-    output_tokens, source = _output_tokens(spec, wish)
+    output_tokens, stops, source = _output_tokens(spec, wish)
     sample = read_sample(spec, sample=wish.sample)
-    varied = output_tokens < spec.max_tokens
-    load = Load(sample.prompt_tokens_mean, output_tokens, sample.cached_share, varied)
+    load = Load(
+        sample.prompt_tokens_mean,
+        output_tokens,
+        cached_share=_cached_share(spec, sample, on_cpu=False),
+        varied=output_tokens < spec.max_tokens,
+        stop_share=min(stops, spec.max_tokens - output_tokens),
+    )
     lines = [_gpu_line(spec, wish, sample, load, shape, g, p) for g in wish.gpus for p in wish.precisions]
     calibrated = _calibrated_line(spec, sample, load, calibration) if calibration else None
     return Plan(spec, wish, sample, load, source, shape, tuple(lines), calibration, calibrated)
@@ -126,21 +136,29 @@ def _check(wish: Wish) -> None:
         raise ConfigError("--output-tokens and --like exclude each other.", remedy="Give one of them.")
 
 
-def _output_tokens(spec: JobSpec, wish: Wish) -> tuple[float, str]:
-    """The mean output tokens of a row to expect, and where they come from."""
+def _cached_share(spec: JobSpec, sample: Sample, *, on_cpu: bool) -> float:
+    """The share that the job's order lets rows have: of their unit's rows or, gathered, of all."""
+    if spec.order == "global":
+        return sample.cached_share_all_cpu if on_cpu else sample.cached_share_all
+    return sample.cached_share_cpu if on_cpu else sample.cached_share
+
+
+def _output_tokens(spec: JobSpec, wish: Wish) -> tuple[float, float, str]:
+    """The mean output tokens of a row to expect, the share of rows with a stop token behind them, and who says so."""
     if wish.like is not None:
         manifest = read_manifest(locate(wish.like))
         if manifest is None or not manifest["rows"]:
             raise OutputError(f"{wish.like} is no finished job.", remedy="Give --like the output folder of one.")
-        return min(float(spec.max_tokens), max(1.0, manifest["completion_tokens"] / manifest["rows"])), wish.like
+        mean = manifest["completion_tokens"] / manifest["rows"]
+        return min(float(spec.max_tokens), mean), stop_share(manifest), wish.like
     if wish.output_tokens is None:
-        return float(spec.max_tokens), "max_tokens, the worst case"
+        return float(spec.max_tokens), 0.0, "max_tokens, the worst case"
     if not 1 <= wish.output_tokens <= spec.max_tokens:
         raise ConfigError(
             f"--output-tokens {wish.output_tokens:g} is not from 1 to --max-tokens {spec.max_tokens}.",
             remedy="Give the mean that you expect.",
         )
-    return wish.output_tokens, "--output-tokens"
+    return wish.output_tokens, 1.0, "--output-tokens"
 
 
 def _gpu_line(
@@ -156,14 +174,14 @@ def _gpu_line(
         )  # fmt: skip
     except ModelError as error:
         return Line(gpu.name, precision, fits=False, why=error.message)
-    steady = steady_rows_per_second(roofline, load)
-    predicted = wish.fraction * steady
+    bound, steady = _bound(roofline, load), steady_rows_per_second(roofline, load)
+    predicted = min(wish.fraction * bound, steady)
     line = Line(
         gpu.name,
         precision,
         fits=True,
         batch=batch_size(roofline, load),
-        bound_rows_per_second=_bound(roofline, load) / size,
+        bound_rows_per_second=bound / size,
         steady_rows_per_second=steady / size,
         predicted_rows_per_second=predicted / size,
     )
@@ -175,16 +193,15 @@ def _bound(roofline: RooflineConfig, load: Load) -> float:
     return bound_rows_per_second(
         roofline,
         prompt_tokens=load.prompt_tokens,
-        output_tokens=load.output_tokens,
+        output_tokens=load.steps,
         cached_share=load.cached_share,
     )
 
 
 def _calibrated_line(spec: JobSpec, sample: Sample, load: Load, calibration: Calibration) -> Line:
     """What this machine would do, by its own jobs: a measured rate, of which no fraction is taken."""
-    share = sample.cached_share_cpu if calibration.on_cpu else sample.cached_share
-    computed = replace(load, cached_share=share).computed
-    rate = calibration.rows_per_second(computed_tokens=computed, output_tokens=load.output_tokens)
+    computed = replace(load, cached_share=_cached_share(spec, sample, on_cpu=calibration.on_cpu)).computed
+    rate = calibration.rows_per_second(computed_tokens=computed, output_tokens=load.steps)
     line = Line(" + ".join(calibration.names), "as run", fits=True, predicted_rows_per_second=rate)
     return _with_hours(line, sample, rate=rate * spec.replicas, gpus=spec.replicas * spec.tensor_parallel_size)
 

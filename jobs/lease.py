@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jobs.process import birth
 from jobs.store import Location, create, delete, list_files, publish_bytes, read_bytes
 from serving.errors import JobHeldError, LeaseLostError, StorageError
 
@@ -52,18 +53,6 @@ class Holder:
 
 _held_here: set[str] = set()
 """Tokens of the leases that this process holds."""
-
-
-def birth(pid: int) -> int | None:
-    """When a live process of this machine began, in clock ticks since boot; None for one that is no more.
-
-    Field 22 of ``/proc/PID/stat`` (man 5 proc): unlike a time of day it stays what it was when the clock is set.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def machine() -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.process import since_birth
 from jobs.tally import Tally
 from serving.protocol import EngineInfo, EngineStats
 
@@ -13,10 +14,15 @@ NOTHING = EngineStats()
 
 @dataclass
 class StartUp:
-    """Seconds from one step of the start to the next; a step counts once."""
+    """Seconds from one step of the start to the next, beginning now; a step counts once."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of_command(cls) -> "StartUp":
+        """The start of a process that runs one job: what it has done since its birth is imports."""
+        return cls({"imports": round(since_birth(), 3)})
 
     def reached(self, step: str) -> None:
         """The step is done."""

@@ -19,6 +19,10 @@ FORMULA = (
     "bound: 1 / (FLOPs / peak + KV bytes / bandwidth), shared prompt tokens computed once (roofline, Williams et al. "
     "2009). steady: the same clock when the batch is full and each step reads the weights."
 )
+GATHERED = (
+    "--order global lets all rows of the input share, a sample shows only what sampled rows share: the share over the "
+    "whole sample, which the rates use, is a lower bound."
+)
 NO_FIGURE = "-"
 
 
@@ -41,14 +45,16 @@ def _facts(plan: Plan) -> Iterator[str]:
         f"shared by prefix, at best: {s.cached_share:.1%} of the prompt tokens inside units of "
         f"{plan.spec.rows_per_part:,} rows, {s.cached_share_all:.1%} over the whole sample (blocks of {s.block_size})"
     )
-    yield f"output tokens: {load.output_tokens:,.1f} a row ({plan.output_tokens_from})"
+    stops = f", and a stop token of {load.stop_share:.0%} of the rows" if load.stop_share else ""
+    yield f"output tokens: {load.output_tokens:,.1f} a row ({plan.output_tokens_from}){stops}"
     yield f"model: {plan.spec.model}, {plan.shape.parameters / 1e9:,.3g} billion parameters"
 
 
 def _table(plan: Plan) -> Table:
     size = plan.spec.tensor_parallel_size
     each = f", {size} GPUs each" if size > 1 else ""
-    title = f"rows/s of one GPU; {plan.spec.replicas:,} replica(s){each}; predicted = {plan.wish.fraction:g} of steady"
+    predicted = f"predicted = {plan.wish.fraction:g} of bound, steady at most"
+    title = f"rows/s of one GPU; {plan.spec.replicas:,} replica(s){each}; {predicted}"
     shown = Table(title=title, title_justify="left")
     shown.add_column("GPU", overflow="fold", min_width=6)
     shown.add_column("", no_wrap=True)
@@ -83,7 +89,7 @@ def _decimals(figure: float) -> int:
 def _notes(plan: Plan) -> Iterator[str]:
     yield FORMULA
     if plan.sample.sampled_rows < plan.sample.rows:
-        yield SCATTERED
+        yield GATHERED if plan.spec.order == "global" else SCATTERED
     if plan.calibration:
         yield (
             f"calibrated: {plan.calibration.prompt_seconds * 1e3:.3g} ms a computed prompt token, "

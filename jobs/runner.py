@@ -88,15 +88,16 @@ class _Run:
         self.lease.check()
 
 
-def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
+def run_job(spec: JobSpec, *, watcher: Watcher | None = None, startup: StartUp | None = None) -> dict[str, Any]:
     """Run a job to its end, or go on with an interrupted one; returns the manifest.
 
+    ``startup`` counts from an earlier beginning than this call, that of a command's process.
     Raises a ``UsageError`` before anything is started (``JobHeldError`` when another runner has the folder),
     ``InterruptedJobError`` on SIGINT or SIGTERM, ``TooManyErrorsError`` beyond ``max_error_rate``, ``StorageError``,
     ``InputChangedError`` or ``EngineError`` when it cannot go on. What is finished then stays, and running the same
     spec resumes.
     """
-    watcher, started = watcher or Watcher(), StartUp()
+    watcher, startup = watcher or Watcher(), startup or StartUp()
     job = prepare_job(begun_spec(spec, watcher.say))
     refuse_nested_output(job)
     ledger = Ledger(job.output, job.fingerprint)
@@ -105,7 +106,7 @@ def run_job(spec: JobSpec, *, watcher: Watcher | None = None) -> dict[str, Any]:
             ledger.refuse_others(job.identity, resume=spec.resume, overwrite=spec.overwrite)
             lease = Lease.take(job.output, say=watcher.say, check=signals.check)
         try:
-            return _run(job, ledger, lease, signals, watcher, started)
+            return _run(job, ledger, lease, signals, watcher, startup)
         finally:
             lease.release()
 
@@ -197,10 +198,15 @@ def _redo(run: _Run, left: deque[Unit], damaged: list[Unit]) -> bool:
 def _feed(run: _Run, left: deque[Unit]) -> None:
     job, spec = run.job, run.job.spec
     with fleet.connected() as embedded:
-        run.started.reached("ray")
         told = feeder_config(job, beginning=run.ledger.beginning, lease=run.lease.number)
         crew = Crew(told, spec.feeders, left, job.inputs.files)
         try:
+            crew.fill()
+            inputs = [replace(job.inputs.root, path=file.path) for file in job.inputs.files[:1]]
+            check_cluster(job.engine, inputs, job.output)
+            run.started.reached("ray")
+            fleet.start_serve(embedded=embedded)
+            run.started.reached("serve")
             _serve(run, crew, left, embedded=embedded)
         finally:
             crew.close()
@@ -209,8 +215,6 @@ def _feed(run: _Run, left: deque[Unit]) -> None:
 def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
     """Find engines for the feeders and let them work."""
     job, spec, watcher = run.job, run.job.spec, run.watcher
-    crew.fill()
-    check_cluster(job.engine, [replace(job.inputs.root, path=file.path) for file in job.inputs.files[:1]], job.output)
     run.progress.stage = "starting the engine"
     watcher.update(run.progress)
     replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
@@ -225,7 +229,10 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
         _watch(run, crew, left, service)
         after = service.stats()
         busy = occupancy(service.info, before, after, run.ran - ran, run.finished)
-        run.told = {"engines": busy, "cpu_seconds": cpu_seconds(crew.report().cpu_seconds, before, after, run.finished)}
+        run.told = {
+            "engines": {"replicas": service.replicas, **busy},
+            "cpu_seconds": cpu_seconds(crew.report().cpu_seconds, before, after, run.finished),
+        }
     finally:
         service.release()
 

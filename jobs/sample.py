@@ -24,7 +24,7 @@ class Sample:
 
     ``cached_share`` is the ideal one at ``block_size`` when only rows of one unit share (a job orders rows inside its
     units), ``cached_share_cpu`` the same at the block size of vLLM's CPU build, ``cached_share_all`` when all sampled
-    rows share. ``rows`` are those of the input, from its footers.
+    rows share, ``cached_share_all_cpu`` that at the CPU build's. ``rows`` are those of the input, from its footers.
     """
 
     rows: int
@@ -41,6 +41,7 @@ class Sample:
     cached_share: float
     cached_share_cpu: float
     cached_share_all: float
+    cached_share_all_cpu: float
 
     @property
     def engine_rows(self) -> float:
@@ -126,6 +127,7 @@ def _measure(spec: JobSpec, inputs: InputSet, taken: Sequence[Unit], prompts: Se
         cached_share=_share_inside(by_unit.values(), BLOCK_SIZE),
         cached_share_cpu=_share_inside(by_unit.values(), CPU_BLOCK_SIZE),
         cached_share_all=ideal_cached_share(ids, BLOCK_SIZE),
+        cached_share_all_cpu=ideal_cached_share(ids, CPU_BLOCK_SIZE),
     )
 
 

@@ -44,7 +44,6 @@ def connected() -> Iterator[bool]:
     ``EngineError`` when none starts, ``TerminatedJobError`` on SIGTERM meanwhile.
     """
     if ray.is_initialized():
-        _start_serve()
         yield False
         return
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -72,7 +71,6 @@ def connected() -> Iterator[bool]:
             remedy="The machine may be too busy: run again. Ray's logs are in /tmp/ray, or where RAY_TMPDIR says.",
         ) from error
     try:
-        _start_serve(**({} if address else {"proxy_location": "Disabled"}))
         yield not address
     finally:
         ray.shutdown()
@@ -99,7 +97,9 @@ def _own_signal_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _start_serve(**options: str) -> None:
+def start_serve(*, embedded: bool) -> None:
+    """Start Serve unless it runs; in a cluster that ends with this process it has no HTTP proxy."""
+    options = {"proxy_location": "Disabled"} if embedded else {}
     serve.start(logging_config={"log_level": "ERROR", "enable_access_log": False}, **options)
 
 

@@ -20,8 +20,11 @@ def bound_rows_per_second(
 ) -> float:
     """The most rows a second that one replica can do, weights amortised: 1 / (FLOPs / peak + KV bytes / bandwidth).
 
+    Prefill gives the first of the ``output_tokens``, a stop token among them, so decoding computes one less.
     ``cached_share`` of the prompt tokens are in the prefix cache: they cost no FLOPs, but decoding reads them like all.
+    The last prompt token is always computed.
     """
-    flops = 2 * roofline.parameters * (prompt_tokens * (1 - cached_share) + output_tokens)
-    kv_bytes = output_tokens * (prompt_tokens + output_tokens / 2) * roofline.kv_bytes_per_token
+    decoded = max(0.0, output_tokens - 1)
+    flops = 2 * roofline.parameters * (max(1.0, prompt_tokens * (1 - cached_share)) + decoded)
+    kv_bytes = decoded * (prompt_tokens + output_tokens / 2) * roofline.kv_bytes_per_token
     return 1 / (flops / roofline.flops_per_second + kv_bytes / roofline.bytes_per_second)

@@ -15,6 +15,7 @@ from serving.roofline import step_seconds
 class Load:
     """Rows as an engine sees them: mean tokens, and the share of the prompt tokens that the prefix cache serves.
 
+    ``stop_share`` of the rows end by a stop token: the engine decodes it, but ``output_tokens`` leave it out.
     ``varied`` tells whether the rows' outputs end here and there, as infills do (lengths spread evenly from 1 to twice
     the mean), or all at the same length, as when each runs to ``max_tokens``.
     """
@@ -23,6 +24,7 @@ class Load:
     output_tokens: float
     cached_share: float = 0.0
     varied: bool = True
+    stop_share: float = 0.0
 
     @property
     def computed(self) -> float:
@@ -31,13 +33,14 @@ class Load:
 
     @property
     def steps(self) -> float:
-        """Steps that a row keeps its place: the prefill gives the first output token."""
-        return max(1.0, self.output_tokens)
+        """Steps that a row keeps its place, one a token with its stop token; the prefill gives the first."""
+        return max(1.0, self.output_tokens + self.stop_share)
 
     @property
     def square(self) -> float:
-        """Mean of the squared output length; evenly spread lengths have a third more than equal ones."""
-        return self.steps**2 * (4 / 3 if self.varied and self.steps > 1 else 1)
+        """Mean of the squared steps: their mean's square, and the variance of whole lengths that are evenly spread."""
+        mean = max(1.0, self.output_tokens)
+        return self.steps**2 + (mean * (mean - 1) / 3 if self.varied else 0.0)
 
     @property
     def held(self) -> float:
@@ -61,9 +64,8 @@ def steady_rows_per_second(roofline: RooflineConfig, load: Load) -> float:
     """
     places = batch_size(roofline, load)
     rows = places / load.steps
-    limit = roofline.max_num_batched_tokens / (load.computed + load.steps - 1)
-    if rows >= limit:
-        rows = limit
+    if places + rows * (load.computed - 1) >= roofline.max_num_batched_tokens:
+        rows = roofline.max_num_batched_tokens / (load.computed + load.steps - 1)
         seconds = _seconds(roofline, roofline.max_num_batched_tokens)
     elif load.varied:
         seconds = _mixed_seconds(roofline, load, places)
@@ -104,7 +106,9 @@ def _binomial(count: int, hits: int, chance: float) -> float:
 def _wave_seconds(roofline: RooflineConfig, load: Load, places: int) -> float:
     """Mean seconds of a step when a batch's prompts fill as few steps as they can and the other steps only decode."""
     room = roofline.max_num_batched_tokens - places
-    filled, rest = divmod(places * (load.computed - 1) / room, 1)
+    prefills = places * (load.computed - 1) / room
+    filled = min(math.floor(prefills), load.steps - 1)
     decoding = load.steps - filled - 1
-    seconds = filled * _seconds(roofline, places + room) + _seconds(roofline, places + rest * room)
+    seconds = filled * _seconds(roofline, places + room)
+    seconds += _seconds(roofline, places + (prefills - filled) * room)
     return (seconds + decoding * _seconds(roofline, places)) / load.steps

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.bench import write_rows
+from jobs.calibration import stop_share
 from jobs.lanes import Lanes, Ticket
 from jobs.runner import route_of, run_job
 from jobs.spec import JobSpec
@@ -50,7 +51,8 @@ def measure(replicas: int, seconds: float, feeders: int) -> dict[str, Any]:
         spec = JobSpec(input=source, output=output, engine="simulated", replicas=replicas, feeders=feeders)
         manifest = run_job(spec.model_copy(update={"max_tokens": MAX_TOKENS}))
     prompt, output = manifest["prompt_tokens"] / rows, manifest["completion_tokens"] / rows
-    steady = steady_rows_per_second(H100, Load(prompt, output, manifest["prefix_cache_hit_share"]))
+    load = Load(prompt, output, manifest["prefix_cache_hit_share"], stop_share=stop_share(manifest))
+    steady = steady_rows_per_second(H100, load)
     return {
         "engines": f"{replicas} behind Ray Serve",
         "rows": rows,

@@ -87,8 +87,7 @@ def run(spec: JobSpec, log: Path) -> dict[str, Any]:
 
 def predict(spec: JobSpec, manifest: dict[str, Any], outputs: tuple[str, ...]) -> dict[str, Any]:
     """What a plan that is calibrated with these jobs says of a run, and how far it is off."""
-    wish = Wish(calibrate=outputs, output_tokens=manifest["completion_tokens"] / manifest["rows"])
-    plan = plan_job(spec, wish)
+    plan = plan_job(spec, Wish(calibrate=outputs, like=spec.output))
     assert plan.calibrated
     assert plan.calibration
     rate = plan.calibrated.predicted_rows_per_second or 0.0

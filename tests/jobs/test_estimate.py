@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.calibration import Calibration, Observed, calibrate
+from jobs.calibration import Calibration, Observed, calibrate, observe
 from jobs.estimate import Wish, plan_job
 from jobs.plan import Unit
 from jobs.sample import stretches
@@ -23,8 +24,9 @@ USAGE = 2
 KEYS = {
     *("model", "parameters", "rows", "sampled_rows", "stretches", "prompt_tokens_mean", "prompt_tokens_p50"),
     *("prompt_tokens_p90", "prompt_tokens_p99", "prompt_tokens_max", "truncated_share", "error_share", "block_size"),
-    *("cached_share", "cached_share_cpu", "cached_share_all", "output_tokens", "output_tokens_from", "fraction"),
-    *("replicas", "tensor_parallel_size", "gpus", "calibration", "calibrated"),
+    *("cached_share", "cached_share_cpu", "cached_share_all", "cached_share_all_cpu", "order", "output_tokens"),
+    *("output_tokens_from", "stop_share", "fraction", "replicas", "tensor_parallel_size", "gpus", "calibration"),
+    *("calibrated",),
 }
 LINE_KEYS = {
     *("gpu", "precision", "fits", "why", "batch", "bound_rows_per_second", "steady_rows_per_second"),
@@ -56,12 +58,46 @@ def test_the_json_has_its_keys(plan: Callable[..., Any]) -> None:
     for line in told["gpus"]:
         assert set(line) == LINE_KEYS
         assert line["fits"]
-        assert line["predicted_rows_per_second"] == pytest.approx(0.6 * line["steady_rows_per_second"])
+        assert line["steady_rows_per_second"] <= line["bound_rows_per_second"]
+        assert line["predicted_rows_per_second"] == pytest.approx(0.6 * line["bound_rows_per_second"])
         assert line["hours"] == pytest.approx(40 / (4 * line["predicted_rows_per_second"]) / 3600)
         assert line["gpu_hours"] == pytest.approx(4 * line["hours"])
         assert line["cost"] == pytest.approx(line["gpu_hours"] * (3 if line["gpu"] == "H200" else 2))
     assert (told["rows"], told["sampled_rows"], told["error_share"], told["calibrated"]) == (40, 40, 0, None)
     assert told["cached_share_all"] == told["cached_share"] > 0.5 > told["truncated_share"]
+
+
+def test_a_prediction_is_of_the_bound_and_never_beyond_the_steady_rate(plan: Callable[..., Any]) -> None:
+    options = ("--json", "--model", "codegen25-7b-multi", "--precision", "bf16", "--max-num-seqs", 8)
+    (line, *_) = json.loads(plan(*options, "--fraction", 0.05).stdout)["gpus"]
+    assert line["predicted_rows_per_second"] == pytest.approx(0.05 * line["bound_rows_per_second"])
+    (line, *_) = json.loads(plan(*options, "--fraction", 1).stdout)["gpus"]
+    assert line["predicted_rows_per_second"] == line["steady_rows_per_second"] < 0.9 * line["bound_rows_per_second"]
+
+
+def test_gathered_rows_share_what_the_whole_sample_shares(write_rows: WriteRows) -> None:
+    rows = write_rows(prefix=[f"{'alpha beta gamma ' * 80}{i}" for i in range(40)])
+    spec = JobSpec(input=str(rows), output=".", rows_per_part=4)
+    near, far = (plan_job(spec.model_copy(update={"order": order}), Wish()) for order in ("prefix", "global"))
+    assert near.load.cached_share == near.sample.cached_share < near.sample.cached_share_all
+    assert far.load.cached_share == far.sample.cached_share_all == near.sample.cached_share_all
+    assert far.sample.cached_share_all_cpu > far.sample.cached_share_cpu
+    assert far.as_dict()["order"] == "global"
+
+
+def test_a_sample_tells_gathered_rows_least_share(plan: Callable[..., Any]) -> None:
+    assert "is a lower bound" in " ".join(plan("--order", "global", "--sample", 10).stdout.split())
+    assert "is a lower bound" not in plan("--order", "input", "--sample", 10).stdout
+
+
+@pytest.mark.parametrize(
+    ("output", "told", "stops"), [(None, 128, 0), (24, 24, 1), (127.75, 127.75, 0.25), (128, 128, 0)]
+)
+def test_a_row_that_ends_before_max_tokens_has_a_stop_token(
+    rows: Path, output: float | None, told: float, stops: float
+) -> None:
+    load = plan_job(JobSpec(input=str(rows), output="."), Wish(output_tokens=output)).load
+    assert (load.output_tokens, load.stop_share, load.steps) == (told, stops, told + stops)
 
 
 def test_the_table_names_every_gpu_and_what_it_rests_on(plan: Callable[..., Any]) -> None:
@@ -98,6 +134,7 @@ def test_a_model_that_does_not_fit_is_a_line_that_says_why(rows: Path) -> None:
         (["--like", "nowhere"], "nowhere is no finished job"),
         (["--calibrate", "nowhere"], "nowhere is no job's folder"),
         (["--replicas", "0"], "replicas = 0"),
+        (["--order", "random"], "order"),
         (["--model", "nonsense"], "nonsense is no known model"),
         (["--column", "prefix=text"], "column text is missing"),
         (["--max-tokens", "5000"], "max_tokens = 5000 leaves no room"),
@@ -184,10 +221,14 @@ def test_a_finished_job_gives_its_output_tokens_and_its_machine(
     options = ("plan", "--json", "--input", clean.input, "--model", checkpoint)
     told = json.loads(spanfill(*options, "--like", clean.output).stdout)
     manifest = json.loads(clean.state("manifest.json").read_text())
+    reasons, share = manifest["finish_reasons"], told["stop_share"]
+    assert share == pytest.approx((reasons.get("eom", 0) + reasons.get("eos", 0)) / manifest["rows"])
+    assert 0 < share < 1
     assert told["output_tokens"] == pytest.approx(manifest["completion_tokens"] / manifest["rows"])
     assert told["output_tokens_from"] == str(clean.output)
     done = spanfill(*options, "--calibrate", clean.output)
     assert (done.code, "tells no speed of an engine" in done.stderr) == (USAGE, True), done.stderr
+    assert manifest["engines"] == {"replicas": 1}
 
     clean.edit(clean.state("manifest.json"), lambda values: values.update(engine="vllm", rows_per_second=50.0))
     done = spanfill("plan", "--input", clean.input, "--calibrate", clean.output)
@@ -196,6 +237,13 @@ def test_a_finished_job_gives_its_output_tokens_and_its_machine(
     assert told["calibrated"]["gpu"] == str(clean.output)
     assert told["calibrated"]["predicted_rows_per_second"] == pytest.approx(50, rel=0.1)
     assert isinstance(Calibration(**told["calibration"]), Calibration)
+    job = observe(str(clean.output))
+    assert job.output_tokens == pytest.approx(told["output_tokens"] + told["stop_share"])
+
+    clean.edit(clean.state("manifest.json"), lambda values: values.update(replicas={"before": 20, "after": 20}))
+    assert observe(str(clean.output)) == replace(job, manifest=json.loads(clean.state("manifest.json").read_text()))
+    clean.edit(clean.state("manifest.json"), lambda values: values["engines"].update(replicas=2))
+    assert observe(str(clean.output)).seconds == pytest.approx(2 * job.seconds)
     clean.interrupt(0)
     done = spanfill(*options, "--calibrate", clean.output)
     assert (done.code, "is a job that is not finished" in done.stderr) == (USAGE, True), done.stderr

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 import jobs.lease
-from jobs.lease import Holder, Lease, birth, machine, read_holder
+from jobs.lease import Holder, Lease, machine, read_holder
+from jobs.process import birth
 from jobs.store import Location, create, list_files, locate
 from serving.errors import JobHeldError, LeaseLostError, StorageError
 

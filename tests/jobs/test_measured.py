@@ -1,9 +1,17 @@
+import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
-from jobs.measured import cpu_seconds, occupancy
+import pytest
+
+from jobs.measured import StartUp, cpu_seconds, occupancy
+from jobs.process import since_birth
 from jobs.tally import Tally, timed
 from serving.occupancy import Occupancy
 from serving.protocol import EngineInfo, EngineStats
+from tests.jobs.conftest import JobFolder
 
 INFO = EngineInfo("simulated", "m", max_model_len=100, max_num_seqs=8, block_size=16, kv_cache_tokens=400)
 TALLY = Tally(samples=10, prompt_tokens=900, completion_tokens=100)
@@ -34,3 +42,22 @@ def test_what_feeders_do_beside_their_work_is_dispatch() -> None:
     with timed(tally, "read"):
         sum(range(200_000))
     assert tally.cpu_seconds["read"] > 1.0
+
+
+def test_a_commands_start_counts_from_its_process_birth() -> None:
+    begun = time.monotonic()
+    code = "import time; time.sleep(0.3); from jobs.process import since_birth; print(since_birth())"
+    told = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 0.3 <= told <= time.monotonic() - begun + 0.1
+
+    startup = StartUp.of_command()
+    startup.reached("plan")
+    startup.reached("plan")
+    assert list(startup.seconds) == ["imports", "plan"]
+    assert startup.seconds["imports"] == pytest.approx(since_birth(), abs=1)
+    assert startup.seconds["plan"] < 1
+
+
+def test_a_call_from_python_tells_every_part_of_its_start_but_imports(clean: JobFolder) -> None:
+    manifest = json.loads(clean.state("manifest.json").read_text())
+    assert list(manifest["startup_seconds"]) == ["plan", "ray", "serve", "engine", "first rows"]

@@ -5,10 +5,13 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serving.config import RooflineConfig
 from serving.errors import ConfigError, ModelError
@@ -132,20 +135,25 @@ def prompts(length: int, *, shared: bool, draw: random.Random) -> Iterator[list[
 
 
 def outputs(mean: int, *, varied: bool, draw: random.Random) -> Iterator[int]:
-    """Output lengths: all equal, or each from 1 to twice the mean as often as any other."""
+    """Output lengths without stop tokens: all equal, or each from 1 to twice the mean as often as any other."""
     while True:
         yield from draw.sample(range(1, 2 * mean), 2 * mean - 1) if varied else [mean]
 
 
-def simulated(roofline: RooflineConfig, length: int, output: int, *, shared: bool, varied: bool) -> tuple[float, float]:
-    """Rows a second of the simulated engine's scheduler between two moments of full batches, and its cached share."""
+def simulated(
+    roofline: RooflineConfig, length: int, output: int, *, shared: bool, varied: bool, stop: int = 0
+) -> tuple[float, float]:
+    """Rows a second of the simulated engine's scheduler between two moments of full batches, and its cached share.
+
+    ``stop`` tokens end each row.
+    """
     draw, loop = random.Random(0), asyncio.new_event_loop()
     texts, lengths = prompts(length, shared=shared, draw=draw), outputs(output, varied=varied, draw=draw)
     scheduler, places = Scheduler(roofline), batch_size(roofline, Load(length, output, varied=varied))
     done, seconds, first = 0, 0.0, None
     while done < (WARM_UP + MEASURED) * places:
         while len(scheduler.waiting) < places:
-            scheduler.add(Sequence(next(texts), next(lengths), None, loop.create_future()), 0)
+            scheduler.add(Sequence(next(texts), next(lengths) + stop, None, loop.create_future()), 0)
         seconds += scheduler.step()
         running = len(scheduler.running)
         scheduler.finish_step()
@@ -156,6 +164,46 @@ def simulated(roofline: RooflineConfig, length: int, output: int, *, shared: boo
     assert first is not None
     rate = (done - first[0]) / (seconds - first[1])
     return rate, (scheduler.hits - first[3]) / (scheduler.queries - first[2])
+
+
+@pytest.mark.parametrize("visible", range(2, 9))
+@pytest.mark.parametrize("places", [8, 48])
+def test_a_stop_token_takes_a_step_of_the_simulated_engine_too(visible: int, places: int) -> None:
+    """With few places the weights are what a step takes, so that who leaves it out is off by a tenth to a half."""
+    roofline = RooflineConfig.parse({"max_num_seqs": places})
+    rate, cached = simulated(roofline, 40, visible, shared=False, varied=True, stop=1)
+    load = Load(40, visible, cached, stop_share=1.0)
+    assert steady_rows_per_second(roofline, load) == pytest.approx(rate, rel=0.05)
+    if places == 8:
+        assert steady_rows_per_second(roofline, replace(load, stop_share=0.0)) > 1.09 * rate
+
+
+@given(
+    roofline=st.builds(
+        RooflineConfig,
+        flops_per_second=st.floats(1e12, 1e16),
+        bytes_per_second=st.floats(1e10, 1e13),
+        kv_bytes_per_token=st.floats(1e3, 1e6),
+        kv_cache_tokens=st.integers(1, 500_000),
+        max_num_seqs=st.integers(1, 512),
+        max_num_batched_tokens=st.integers(1, 16_384),
+        step_overhead_seconds=st.sampled_from([0.0, 0.0005]),
+        efficiency=st.sampled_from([0.5, 1.0]),
+    ),
+    load=st.builds(
+        Load,
+        st.floats(1, 8_000),
+        st.floats(0, 500) | st.integers(1, 8).map(float),
+        cached_share=st.sampled_from([0.0, 1.0]) | st.floats(0, 1),
+        varied=st.booleans(),
+        stop_share=st.floats(0, 1),
+    ),
+)
+def test_no_steady_rate_is_beyond_the_bound(roofline: RooflineConfig, load: Load) -> None:
+    bound = bound_rows_per_second(
+        roofline, prompt_tokens=load.prompt_tokens, output_tokens=load.steps, cached_share=load.cached_share
+    )
+    assert 0 < steady_rows_per_second(roofline, load) <= bound * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("varied", [False, True], ids=["equal", "varied"])

@@ -4,10 +4,11 @@ import time
 from typing import Any
 
 from jobs.order import prefix_order, sort_key
+from jobs.process import since_birth
 from serving.engine import _sampling_params
 from serving.formats import load_format
 from serving.protocol import Sampling
-from tests.benchmarks.peers.figures import Measured, since_birth, until_stop
+from tests.benchmarks.peers.figures import Measured, until_stop
 from tests.benchmarks.peers.inputs import FORMAT, Row, make_prompts
 from tests.benchmarks.peers.setting import Setting
 

@@ -3,9 +3,10 @@
 import time
 from typing import Any
 
+from jobs.process import since_birth
 from serving.cores import available_cores
 from serving.formats import load_format
-from tests.benchmarks.peers.figures import Measured, since_birth, until_stop
+from tests.benchmarks.peers.figures import Measured, until_stop
 from tests.benchmarks.peers.inputs import FORMAT, Row, make_prompts
 from tests.benchmarks.peers.setting import Setting
 

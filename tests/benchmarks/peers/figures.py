@@ -1,11 +1,8 @@
 """What one contestant measured in one round."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import psutil
 
 from jobs.sharing import ideal_cached_share
 
@@ -72,11 +69,6 @@ def figures_of(measured: Measured, block_size: int) -> Figures:
         note=measured.note,
         extra=measured.extra,
     )
-
-
-def since_birth() -> float:
-    """Seconds since this process began: what a contestant's start-up counts from, imports included."""
-    return time.time() - float(psutil.Process().create_time())
 
 
 def until_stop(token_ids: Sequence[int], stops: Sequence[int]) -> list[int]:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from jobs.order import prefix_order, sort_key
+from jobs.process import since_birth
 from jobs.runner import Progress, Watcher, run_job
 from jobs.spec import JobSpec
-from tests.benchmarks.peers.figures import Measured, since_birth
+from tests.benchmarks.peers.figures import Measured
 from tests.benchmarks.peers.inputs import Row, make_prompts
 from tests.benchmarks.peers.setting import Setting
 
