@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.job import Job, prepare_job
@@ -126,14 +127,15 @@ def write_report(output: Path, tuning: Tuning, *, source: str) -> None:
 
 def table(tuning: Tuning) -> Table:
     """What was tried, for the terminal."""
-    shown = Table("setting", "rows/s", "ratio", "cached", title="engine settings", caption=f"best: {tuning.best}")
+    best = escape(f"best: {tuning.best}")
+    shown = Table("setting", "rows/s", "ratio", "cached", title="engine settings", caption=best)
     for trial in tuning.trials:
-        figures = trial.figures
+        figures, setting = trial.figures, escape(trial.setting)
         if figures is None:
-            shown.add_row(trial.setting, "-", "-", trial.failure)
+            shown.add_row(setting, "-", "-", escape(trial.failure))
             continue
         speed = figures.rows_per_second
-        shown.add_row(trial.setting, f"{speed:.2f}", f"{tuning.ratio(speed):.2f}", f"{figures.cached_share:.1%}")
+        shown.add_row(setting, f"{speed:.2f}", f"{tuning.ratio(speed):.2f}", f"{figures.cached_share:.1%}")
     return shown
 
 

@@ -2,25 +2,27 @@
 
     spanfill bench align [--spans 20 100] [--align 1 64 256 512] [--rows 520] [--json FILE] [--plot FILE.svg]
 
-Rows are single lines of the held-out modules of 8,000 characters or more, so that most prompts are cut; at each
-alignment the same rows go through ``run_job`` on the real engine. Quality: exact matches and ``<eom>`` of greedy
-infills, and bits per byte of the true line by transformers in float32, given the very prompts. Differences of bits
-are taken row by row against alignment 1 and stand with their standard error.
+Rows are single lines of the held-out modules of 8,000 characters or more, so that most prompts are cut; of so many of
+them, drawn, as ``--rows`` holds whole. At each alignment the same rows go through ``run_job`` on the real engine, all
+alignments in turn once a round; rates are medians of the rounds. Quality: exact matches and ``<eom>`` of greedy
+infills, and bits per byte of the true line by transformers in float32, given the very prompts. Differences of exact
+matches and bits are taken row by row against the first alignment and stand with their standard error.
 """
 
 import argparse
-import json
 import math
 import random
+import shlex
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
 
 from jobs import JobSpec, run_job
@@ -28,28 +30,92 @@ from jobs.heldout import HELD_OUT
 from jobs.pairs import draw_spans, standard_library
 from serving.formats import load_format
 from serving.models import resolve_model
+from tests.benchmarks.output import check_files, console, publish_json
+from tests.benchmarks.peers.machine import machine, versions
 
 MODEL = "demo-codegen25"
 MAX_TOKENS = 48
 FEWEST_CHARS = 8_000
-COLUMNS = ("rows/s", "ideal", "reached", "prompt tokens", "exact match", "eom", "bits/byte", "against 1")
+COLUMNS = ("rows/s", "ideal", "reached", "prompt tokens", "exact match", "eom", "bits/byte")
+
+Row = dict[str, str]
 
 
-def cut_rows(spans: int, most: int) -> list[dict[str, str]]:
-    """Up to ``spans`` lines of each long held-out module, shuffled."""
+@dataclass(frozen=True)
+class Cut:
+    """The rows of one table and how many files they are of; a file may hold fewer lines than were asked for."""
+
+    rows: list[Row]
+    files: int
+
+    @property
+    def spans(self) -> float:
+        """Rows a file, in the mean."""
+        return len(self.rows) / self.files
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.spans:.4g} spans a file, {self.files} files, {len(self.rows)} rows"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One alignment: its runs' manifests; of each row, whether the infill is exact, its line's bits and bytes."""
+
+    align: int
+    manifests: list[dict[str, Any]]
+    exact: list[bool]
+    bits: list[float]
+    sizes: list[int]
+
+
+def cut_rows(spans: int, most: int) -> Cut:
+    """``spans`` lines of each of some long held-out modules, shuffled: of as many files as ``most`` rows hold whole."""
     draw = random.Random(spans)
-    rows = []
-    for name in sorted(HELD_OUT):
+    names = sorted(HELD_OUT)
+    draw.shuffle(names)
+    rows, files = list[Row](), 0
+    for name in names:
         text = (standard_library() / name).read_text(encoding="utf-8")
-        if len(text) >= FEWEST_CHARS:
-            for start, stop, _ in draw_spans(text, "python", "line", spans, draw):
-                rows.append({"prefix": text[:start], "middle": text[start:stop], "suffix": text[stop:]})
+        if len(text) < FEWEST_CHARS:
+            continue
+        lines = draw_spans(text, "python", "line", spans, draw)
+        if rows and len(rows) + len(lines) > most:
+            break
+        rows += [{"prefix": text[:a], "middle": text[a:b], "suffix": text[b:]} for a, b, _ in lines]
+        files += 1
     draw.shuffle(rows)
-    return rows[:most]
+    return Cut(rows, files)
 
 
-def bits(rows: list[dict[str, str]], align: int) -> list[tuple[float, int]]:
-    """Of each row the bits of its true line and ``<eom>`` is left out, and the line's bytes."""
+def measure(rows: list[Row], aligns: Sequence[int], rounds: int, tell: Callable[[list[Line]], None]) -> list[Line]:
+    """Run each alignment once a round, in turn, and score it after its first run; ``tell`` hears after every run."""
+    lines: dict[int, Line] = {}
+    for _ in range(rounds):
+        for align in aligns:
+            manifest, exact = infill(rows, align)
+            if align in lines:
+                lines[align].manifests.append(manifest)
+            else:
+                lines[align] = Line(align, [manifest], exact, *bits(rows, align))
+            tell(list(lines.values()))
+    return list(lines.values())
+
+
+def infill(rows: list[Row], align: int) -> tuple[dict[str, Any], list[bool]]:
+    """The job's manifest, and of each row whether its infill is the true line but for blanks around it."""
+    with tempfile.TemporaryDirectory(prefix="spanfill-align-") as folder:
+        source, output = Path(folder, "rows.parquet"), Path(folder, "out")
+        pq.write_table(pa.Table.from_pylist(rows), source)
+        spec = JobSpec(input=str(source), output=str(output), model=MODEL, max_tokens=MAX_TOKENS, prefix_align=align)
+        manifest = run_job(spec)
+        infills = pq.read_table(output / "data")["infill"].to_pylist()
+    return manifest, [found.strip() == row["middle"].strip() for found, row in zip(infills, rows, strict=True)]
+
+
+def bits(rows: list[Row], align: int) -> tuple[list[float], list[int]]:
+    """The bits of each row's true line, ``<eom>`` left out, and the line's bytes."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -63,45 +129,63 @@ def bits(rows: list[dict[str, str]], align: int) -> list[tuple[float, int]]:
             prompt = fmt.prompt(row["prefix"], row["suffix"], prefix_align=align, **room).token_ids
             logits = network(torch.tensor([[*prompt, *middle]]), logits_to_keep=len(middle) + 1).logits[0, :-1]
             told = logits.log_softmax(-1).gather(1, torch.tensor(middle)[:, None]).sum().item()
-            found.append((-told / math.log(2), len(row["middle"].encode())))
-    return found
+            found.append(-told / math.log(2))
+    return found, [len(row["middle"].encode()) for row in rows]
 
 
-def measure(rows: list[dict[str, str]], align: int) -> dict[str, Any]:
-    """One line of the table, and each row's bits."""
-    with tempfile.TemporaryDirectory(prefix="spanfill-align-") as folder:
-        source, output = Path(folder, "rows.parquet"), Path(folder, "out")
-        pq.write_table(pa.Table.from_pylist(rows), source)
-        spec = JobSpec(input=str(source), output=str(output), model=MODEL, max_tokens=MAX_TOKENS, prefix_align=align)
-        manifest = run_job(spec)
-        table = pq.read_table(output / "data").to_pylist()
-    exact = sum(row["infill"].strip() == row["middle"].strip() for row in table)
-    own = bits(rows, align)
+def told(line: Line, base: Line) -> dict[str, Any]:
+    """One line of the table; shares are of its first run, differences are against ``base``."""
+    manifest, rates = line.manifests[0], [manifest["rows_per_second"] for manifest in line.manifests]
+    size = statistics.mean(line.sizes)
+    gap, error = gap_of(line.bits, base.bits)
+    exact_gap, exact_error = gap_of(line.exact, base.exact)
     return {
-        "align": align,
-        "rows": len(rows),
-        "rows/s": manifest["rows_per_second"],
+        "align": line.align,
+        "rows/s": statistics.median(rates),
+        "rates": rates,
         "ideal": manifest["ideal_hit_share"],
         "reached": manifest["prefix_cache_hit_share"],
         "prompt tokens": manifest["prompt_tokens"] / manifest["rows"],
         "truncated": manifest["truncated"] / manifest["rows"],
-        "exact match": exact / len(table),
+        "exact match": statistics.mean(line.exact),
+        "exact match gap": exact_gap,
+        "exact match gap error": exact_error,
         "eom": manifest["finish_reasons"].get("eom", 0) / manifest["rows"],
-        "bits/byte": sum(b for b, _ in own) / sum(size for _, size in own),
-        "bits": [b for b, _ in own],
-        "bytes": [size for _, size in own],
+        "bits/byte": statistics.mean(line.bits) / size,
+        "bits/byte gap": gap / size,
+        "bits/byte gap error": error / size,
+        "against": base.align,
     }
 
 
-def against(line: dict[str, Any], first: dict[str, Any]) -> tuple[float, float]:
-    """How many bits per byte more than at the first alignment, and the standard error of that."""
-    differences = [b - a for a, b in zip(first["bits"], line["bits"], strict=True)]
-    size = statistics.mean(first["bytes"])
+def gap_of(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """The mean of the differences row by row, and its standard error."""
+    differences = [float(b) - float(a) for a, b in zip(base, values, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    return statistics.mean(differences) / size, error / size
+    return statistics.mean(differences), error
 
 
-def plot(tables: dict[int, list[dict[str, Any]]], path: Path) -> None:
+def table_of(cut: Cut, lines: list[Line]) -> dict[str, Any]:
+    """One table for JSON."""
+    about = {"title": cut.title, "spans_per_file": cut.spans, "files": cut.files, "rows": len(cut.rows)}
+    return about | {"lines": [told(line, lines[0]) for line in lines]}
+
+
+def shown(table: dict[str, Any]) -> Table:
+    """One table for people."""
+    base = table["lines"][0]["align"]
+    gaps = (f"exact against {base}", f"bits/byte against {base}")
+    found = Table("align", *COLUMNS, *gaps, title=table["title"])
+    for line in table["lines"]:
+        values = [f"{line[name]:.3f}" for name in ("ideal", "reached")]
+        values += [f"{line['prompt tokens']:.0f}"] + [f"{line[name]:.3f}" for name in COLUMNS[4:]]
+        for name in ("exact match", "bits/byte"):
+            values.append(f"{line[f'{name} gap']:+.4f} ± {line[f'{name} gap error']:.4f}")
+        found.add_row(str(line["align"]), f"{line['rows/s']:.1f}", *values)
+    return found
+
+
+def plot(tables: dict[int, dict[str, Any]], path: Path) -> None:
     """Ideal and reached share, and bits per byte with its error, over the alignment."""
     import matplotlib
 
@@ -109,49 +193,48 @@ def plot(tables: dict[int, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
-    for spans, lines in tables.items():
+    for table in tables.values():
+        lines, label = table["lines"], f"{table['spans_per_file']:.4g} spans a file"
         names = [str(line["align"]) for line in lines]
-        left.plot(names, [line["ideal"] for line in lines], "--", label=f"{spans} spans a file, ideal")
-        left.plot(names, [line["reached"] for line in lines], label=f"{spans} spans a file, reached")
-        gaps = [against(line, lines[0]) for line in lines]
-        right.errorbar(names, [g for g, _ in gaps], [e for _, e in gaps], capsize=3, label=f"{spans} spans a file")
+        left.plot(names, [line["ideal"] for line in lines], "--", label=f"{label}, ideal")
+        left.plot(names, [line["reached"] for line in lines], label=f"{label}, reached")
+        gaps, errors = [line["bits/byte gap"] for line in lines], [line["bits/byte gap error"] for line in lines]
+        right.errorbar(names, gaps, errors, capsize=3, label=label)
     left.set(xlabel="prefix_align", ylabel="cached share of prompt tokens")
-    right.set(xlabel="prefix_align", ylabel="bits per byte more than at 1")
+    right.set(xlabel="prefix_align", ylabel=f"bits per byte more than at {lines[0]['align']}")
     for axes in (left, right):
         axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
-
-
-def shown(spans: int, lines: list[dict[str, Any]]) -> Table:
-    """One table for people."""
-    table = Table("align", *COLUMNS, title=f"{spans} spans a file, {lines[0]['rows']} rows")
-    for line in lines:
-        gap, error = against(line, lines[0])
-        values = [f"{line[name]:.3f}" for name in ("ideal", "reached")]
-        rest = [f"{line['prompt tokens']:.0f}", f"{line['exact match']:.3f}", f"{line['eom']:.3f}"]
-        told = f"{gap:+.4f} ± {error:.4f}"
-        table.add_row(str(line["align"]), f"{line['rows/s']:.1f}", *values, *rest, f"{line['bits/byte']:.3f}", told)
-    return table
+    pyplot.close(figure)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="spanfill bench align", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--spans", type=int, nargs="+", default=[20, 100])
-    parser.add_argument("--align", type=int, nargs="+", default=[1, 64, 256, 512])
-    parser.add_argument("--rows", type=int, default=520)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--align", type=int, nargs="+", default=[1, 64, 256, 512], help="the first is the base")
+    parser.add_argument("--rows", type=int, default=520, help="rows of one table at most")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each line; rates are their medians")
+    parser.add_argument("--json", type=Path, help="written after every run")
+    parser.add_argument("--plot", type=Path, help="an .svg or .png file")
     asked = parser.parse_args()
-    tables = {}
+    check_files(parser, asked.json, asked.plot)
+    command = "spanfill bench align " + shlex.join(sys.argv[1:])
+    about = {"command": command, "rounds": asked.rounds, "machine": machine(), "versions": versions()}
+    tables: dict[int, dict[str, Any]] = {}
     for spans in asked.spans:
-        rows = cut_rows(spans, asked.rows)
-        tables[spans] = [measure(rows, align) for align in asked.align]
-        Console().print(shown(spans, tables[spans]))
-    if asked.json:
-        kept = {s: [{k: v for k, v in x.items() if k not in ("bits", "bytes")} for x in t] for s, t in tables.items()}
-        asked.json.write_text(json.dumps({"command": sys.argv, "tables": kept}, indent=1))
+        cut = cut_rows(spans, asked.rows)
+
+        def tell(lines: list[Line], spans: int = spans, cut: Cut = cut) -> None:
+            tables[spans] = table_of(cut, lines)
+            if asked.json:
+                publish_json(asked.json, about | {"tables": tables})
+
+        measure(cut.rows, asked.align, asked.rounds, tell)
+        console().print(shown(tables[spans]))
     if asked.plot:
         plot(tables, asked.plot)
 

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import heapq
 import itertools
-import json
 import random
 import sys
 import tempfile
@@ -23,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from jobs.bench import write_rows
@@ -35,6 +33,7 @@ from serving.config import RooflineConfig
 from serving.protocol import BATCH_PRIORITY
 from serving.simulated import Scheduler, Sequence
 from serving.steady import Load, batch_size, steady_rows_per_second
+from tests.benchmarks.output import console, publish_json
 
 H100 = RooflineConfig()
 ROW_BYTES, MAX_TOKENS = 2_048, 64
@@ -228,9 +227,9 @@ def main() -> None:
     options = {"feed": asked.feed, "call": asked.call, "slowest": asked.slowest, "long": asked.long}
     lines = [measure(count, asked.seconds, asked.feeders) for count in asked.replicas]
     lines += [study(count, asked.seconds, **options) for count in asked.study]
-    Console(width=None if sys.stdout.isatty() else 120).print(shown(lines))
+    console().print(shown(lines))
     if asked.json:
-        asked.json.write_text(json.dumps({"command": sys.argv, "lines": lines}, indent=1))
+        publish_json(asked.json, {"command": sys.argv, "lines": lines})
 
 
 if __name__ == "__main__":

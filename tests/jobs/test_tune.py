@@ -1,14 +1,16 @@
 """Settings tried on a sample: which make sense, on which rows, and on the simulated engine over the path of ``run``."""
 
+import io
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from rich.console import Console
 
 from jobs.job import prepare_job
-from jobs.search import Figures, Knob, Settings, search
+from jobs.search import Figures, Knob, Settings, Trial, search
 from jobs.spec import JobSpec
 from jobs.tune import makes_sense, report, sample_rows, table, tune
 from serving.errors import InputError
@@ -58,6 +60,15 @@ def test_the_report_is_a_job_file_with_the_figures_as_comments() -> None:
     assert "# 13.00 rows/s, 1.30 times the baseline's." in text
     assert "#   a=2: 12.00 rows/s, ratio 1.20, 25.0% of the prompt tokens cached" in text
     assert table(found).row_count == len(found.trials)
+
+
+def test_a_failure_is_shown_as_it_is() -> None:
+    found = search(lambda s: Figures(10, 0.25), (), {}, late=lambda: False)
+    found.trials.append(Trial("a=[1]", {"a": [1]}, failure="expected [/red] here"))
+    told = io.StringIO()
+    Console(file=told, width=120).print(table(found))
+    assert "a=[1]" in told.getvalue()
+    assert "expected [/red] here" in told.getvalue()
 
 
 @pytest.mark.engine

@@ -3,11 +3,11 @@
     python -m tests.benchmarks.peers --input spans100 --json spans100.json --plot spans100.svg
     python -m tests.benchmarks.peers --input spans100 --check
 
-Nothing else may run on the machine. ``--check`` compares outputs instead of speeds.
+Nothing else may run on the machine. ``--check`` compares outputs instead of speeds. The ``--json`` file is written
+after every attempt; the same command goes on with those that it lacks.
 """
 
 import argparse
-import json
 import shlex
 import signal
 import sys
@@ -16,14 +16,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from serving.truncation import DEFAULT_PREFIX_ALIGN
+from tests.benchmarks.output import check_files, console, publish_json
+from tests.benchmarks.peers.begun import Rounds, begun
 from tests.benchmarks.peers.check import PAIR, compare
 from tests.benchmarks.peers.contestant import CONTESTANTS
-from tests.benchmarks.peers.inputs import INPUTS, make_rows, write_rows
+from tests.benchmarks.peers.inputs import INPUTS, ROWS, make_rows, write_rows
 from tests.benchmarks.peers.machine import machine, versions
 from tests.benchmarks.peers.model import SIZES, cached_model
-from tests.benchmarks.peers.report import plot, summarise, table
+from tests.benchmarks.peers.report import plot, ratio_lines, summarise, table
 from tests.benchmarks.peers.rounds import Attempt, play
 from tests.benchmarks.peers.setting import Setting
 
@@ -32,9 +33,11 @@ TERMINATED = 143
 
 def main() -> int:
     """The command."""
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
     if unknown := set(options.contestants) - set(CONTESTANTS):
-        _parser().error(f"no contestant: {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
+        parser.error(f"no contestant: {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
+    check_files(parser, options.json, options.plot)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # The contestant at work must end with this process.
     rows = make_rows(options.input, options.rows, seed=options.seed)
     with tempfile.TemporaryDirectory(prefix="spanfill-peers-") as temporary:
@@ -43,10 +46,13 @@ def main() -> int:
         about = _about(options, setting, len(rows))
         if options.check:
             return _check(options, setting, folder, about)
-        attempts = play(options.contestants, options.rounds, setting, folder, options.timeout)
-    report = about | summarise({name: [a.figures for a in found] for name, found in attempts.items()})
+        try:
+            made = begun(options.json, about) if options.json else {}
+        except ValueError as error:
+            parser.error(f"{options.json} is no report to go on with: {error}")
+        report = _play(options, setting, folder, about, made)
     _tell(report, options)
-    return 0 if all(found["median"] for found in report["results"].values()) else 1
+    return 1 if any(found["failure"] for found in report["results"].values()) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,14 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--input", choices=list(INPUTS), default="spans100")
     add("--contestants", type=lambda text: text.split(","), default=list(CONTESTANTS), help=", ".join(CONTESTANTS))
     add("--rounds", type=int, default=3)
-    add("--rows", type=int, default=1_000, help="rows at most; a small number of them holds fewer files")
+    add("--rows", type=int, help=f"rows at most; few hold fewer files [default: {ROWS:,}; of humaneval all]")
     add("--seed", type=int, default=0, help="which files, spans and order of the rows")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     add("--context", type=int, default=1_100)
     add("--max-tokens", type=int, default=16)
     add("--kv-cache-gib", type=int, default=1)
     add("--block-size", type=int, default=128, help="of the ideal cached share; vLLM's CPU build has 128")
-    add("--align", type=int, default=None, help="prefix_align of those that align [default: spanfill's]")
+    add("--align", type=int, default=DEFAULT_PREFIX_ALIGN, help="of those that align [default: spanfill's]")
     add("--transformers-rows", type=int, default=20)
     add("--timeout", type=float, default=7_200.0, help="seconds of one contestant in one round")
     add("--check", action="store_true", help="compare spanfill's outputs with bare vLLM's in float32 instead")
@@ -94,6 +100,7 @@ def _about(options: argparse.Namespace, setting: Setting, rows: int) -> dict[str
     return {
         "input": options.input,
         "rows": rows,
+        "contestants": options.contestants,
         "rounds": options.rounds,
         "seed": options.seed,
         "command": "spanfill bench peers " + shlex.join(sys.argv[1:]),
@@ -103,20 +110,37 @@ def _about(options: argparse.Namespace, setting: Setting, rows: int) -> dict[str
     }
 
 
+def _play(
+    options: argparse.Namespace, setting: Setting, folder: Path, about: dict[str, Any], made: Rounds
+) -> dict[str, Any]:
+    """The report, on disk after every attempt; ``made`` are the figures of earlier ones."""
+    attempts = {name: [Attempt(figures) for figures in made.get(name, [])] for name in options.contestants}
+
+    def report() -> dict[str, Any]:
+        return about | summarise({name: [a.figures for a in found] for name, found in attempts.items()})
+
+    def publish() -> None:
+        if options.json:
+            publish_json(options.json, report())
+
+    play(attempts, options.rounds, setting, folder, options.timeout, tell=publish)
+    return report()
+
+
 def _tell(report: dict[str, Any], options: argparse.Namespace) -> None:
-    console = Console(width=150 if not sys.stdout.isatty() else None)
-    console.print(table(report))
-    for part, ratio in report["ratios"].items():
-        console.print(f"{part}: {ratio['of']} / {ratio['to']} = {ratio['rows_per_second']:.2f}", highlight=False)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+    terminal = console()
+    terminal.print(table(report))
+    for line in ratio_lines(report):
+        terminal.print(line, highlight=False)
     if options.plot:
         plot(report, options.plot)
 
 
 def _check(options: argparse.Namespace, setting: Setting, folder: Path, about: dict[str, Any]) -> int:
     setting = replace(setting, dtype="float32", keep_outputs=True)
-    attempts = {name: found[0] for name, found in play(PAIR, 1, setting, folder, options.timeout).items()}
+    played: dict[str, list[Attempt]] = {name: [] for name in PAIR}
+    play(played, 1, setting, folder, options.timeout)
+    attempts = {name: found[0] for name, found in played.items()}
     if failures := _failures(attempts):
         print(failures, file=sys.stderr)
         return 1
@@ -124,7 +148,7 @@ def _check(options: argparse.Namespace, setting: Setting, folder: Path, about: d
     print(f"{' and '.join(PAIR)} in float32: {found.compared:,} rows compared, {len(found.unequal):,} unequal")
     if options.json:
         told = {"setting": about["setting"] | {"dtype": "float32"}, "check": found.as_dict()}
-        options.json.write_text(json.dumps(about | told, indent=1))
+        publish_json(options.json, about | told)
     return 0 if found.equal else 1
 
 

@@ -13,7 +13,7 @@ from tests.benchmarks.peers.inputs import FORMAT, Row, make_prompts
 from tests.benchmarks.peers.setting import Setting
 
 
-def run_bare(rows: list[Row], setting: Setting, *, align: int | None, ordered: bool) -> Measured:
+def run_bare(rows: list[Row], setting: Setting, *, align: int, ordered: bool) -> Measured:
     """Give all rows' prompts to ``LLM.generate`` at once."""
     prompts = make_prompts(rows, setting, align=align)
     order = prefix_order([sort_key(prompt) for prompt in prompts]) if ordered else list(range(len(prompts)))
@@ -28,8 +28,9 @@ def run_bare(rows: list[Row], setting: Setting, *, align: int | None, ordered: b
     stops = load_format(FORMAT).stop_token_ids
     answers = {row: until_stop(out.outputs[0].token_ids, stops) for row, out in zip(order, outputs, strict=True)}
     cached = sum(output.num_cached_tokens or 0 for output in outputs)
-    config = llm.llm_engine.vllm_config
-    return Measured(startup, busy, [prompts[row] for row in order], answers, cached, extra=_limits(config))
+    different = sum(out.prompt_token_ids != prompts[row] for row, out in zip(order, outputs, strict=True))
+    sent, limits = [prompts[row] for row in order], _limits(llm.llm_engine.vllm_config)
+    return Measured(startup, busy, sent, answers, cached, different=different, extra=limits)
 
 
 def _engine(setting: Setting) -> Any:

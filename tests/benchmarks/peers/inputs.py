@@ -1,6 +1,7 @@
 """The inputs, the same for the same seed: lists of rows, shuffled, and their prompts."""
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -26,12 +27,16 @@ TASK_CHARS = 900
 
 TASK_FILES = 40
 MOST_TASK_SPAN = 200
+ROWS = 1_000
+OWN_ROWS = {"humaneval": sys.maxsize}
+"""HumanEval is all of its spans, unless fewer rows are asked for; other inputs are ``ROWS``."""
 
 
-def make_rows(name: str, count: int, *, seed: int = 0) -> list[Row]:
-    """At most ``count`` rows of an input, shuffled; raises ``KeyError`` for an unknown name."""
+def make_rows(name: str, count: int | None = None, *, seed: int = 0) -> list[Row]:
+    """At most ``count`` rows of an input or its own number, shuffled; raises ``KeyError`` for an unknown name."""
     draw = random.Random(f"{name}\0{seed}")
-    rows = [row for row, _ in zip(INPUTS[name](draw), range(count), strict=False)]
+    most = OWN_ROWS.get(name, ROWS) if count is None else count
+    rows = [row for row, _ in zip(INPUTS[name](draw), range(most), strict=False)]
     draw.shuffle(rows)
     return rows
 
@@ -48,8 +53,8 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def make_prompts(rows: Sequence[Row], setting: Setting, *, align: int | None) -> list[list[int]]:
-    """The rows' prompts as token ids; ``align`` 1 is the sliding window, None spanfill's default."""
+def make_prompts(rows: Sequence[Row], setting: Setting, *, align: int) -> list[list[int]]:
+    """The rows' prompts as token ids; ``align`` 1 is the sliding window."""
     found = load_format(FORMAT).prompt_batch(
         [(row["prefix"], row["suffix"]) for row in rows],
         max_tokens=setting.max_tokens,

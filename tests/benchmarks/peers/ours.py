@@ -25,7 +25,7 @@ class _Start(Watcher):
             self.seconds = since_birth() - progress.seconds
 
 
-def run_spanfill(rows: list[Row], setting: Setting, *, align: int | None) -> Measured:
+def run_spanfill(rows: list[Row], setting: Setting, *, align: int) -> Measured:
     """Run the job on the Parquet file of the rows; its busy seconds are the manifest's ``running_seconds``."""
     start = _Start()
     with tempfile.TemporaryDirectory(prefix="spanfill-peers-") as folder:
@@ -40,13 +40,15 @@ def run_spanfill(rows: list[Row], setting: Setting, *, align: int | None) -> Mea
         [prompts[row] for row in order],
         outputs,
         manifest["cached_tokens"],
+        answered=table.num_rows,
+        prompt_tokens=manifest["prompt_tokens"],
         output_tokens=manifest["completion_tokens"],
         errors=manifest["errors"],
-        extra={"seconds": manifest["seconds"], "prompt_tokens": manifest["prompt_tokens"]},
+        extra={"seconds": manifest["seconds"]},
     )
 
 
-def _spec(setting: Setting, output: Path, align: int | None) -> JobSpec:
+def _spec(setting: Setting, output: Path, align: int) -> JobSpec:
     return JobSpec(
         input=setting.rows,
         output=str(output),

@@ -21,10 +21,10 @@ def run_raydata(rows: list[Row], setting: Setting) -> Measured:
 
     ray.init(address="local", num_cpus=len(available_cores()), include_dashboard=False, logging_level="ERROR")
     prompts, stops = make_prompts(rows, setting, align=1), load_format(FORMAT).stop_token_ids
-    answers, arrivals, ended = _answers(_processed(prompts, setting), stops)
+    answers, arrivals, tokens, ended = _answers(_processed(prompts, setting), stops)
     first = min(arrivals)
-    startup = since_birth() - (time.time() - first)
-    return Measured(startup, ended - first, prompts, answers, None, note=NOTE, extra={"batch_rows": BATCH_ROWS})
+    startup, extra = since_birth() - (time.time() - first), {"batch_rows": BATCH_ROWS}
+    return Measured(startup, ended - first, prompts, answers, None, prompt_tokens=tokens, note=NOTE, extra=extra)
 
 
 def _processed(prompts: list[list[int]], setting: Setting) -> Any:
@@ -50,6 +50,7 @@ def _processed(prompts: list[list[int]], setting: Setting) -> Any:
             "row": row["row"],
             "ids": row["generated_tokens"],
             "arrival": row["metrics"]["arrival_time"],
+            "prompt_tokens": row["num_input_tokens"],
         },
     )
     items = [{"row": row, "ids": prompt} for row, prompt in enumerate(prompts)]
@@ -73,11 +74,12 @@ def _config(setting: Setting) -> Any:
     )
 
 
-def _answers(rows: Any, stops: tuple[int, ...]) -> tuple[dict[int, list[int]], list[float], float]:
-    """Outputs by row, the wall-clock times at which vLLM took the requests, and when the last row was held."""
-    answers, arrivals, ended = dict[int, list[int]](), list[float](), 0.0
+def _answers(rows: Any, stops: tuple[int, ...]) -> tuple[dict[int, list[int]], list[float], int, float]:
+    """Outputs by row, when vLLM took each request by the wall clock, prompt tokens, and when the last row was held."""
+    answers, arrivals, tokens, ended = dict[int, list[int]](), list[float](), 0, 0.0
     for row in rows.iter_rows():
         ended = time.time()
         answers[int(row["row"])] = until_stop(list(map(int, row["ids"])), stops)
         arrivals.append(float(row["arrival"]))
-    return answers, arrivals, ended
+        tokens += int(row["prompt_tokens"])
+    return answers, arrivals, tokens, ended

@@ -1,10 +1,11 @@
 """From rounds to medians, ratios, a table and a plot."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 BASELINE = "vllm"
@@ -25,6 +26,7 @@ PARTS = (
     ("order", "vllm-sorted", "vllm-aligned"),
     ("everything else", "spanfill", "vllm-sorted"),
     ("all", "spanfill", "vllm"),
+    ("same prompts", "spanfill-1", "vllm"),
     ("beside Ray Data LLM", "spanfill", "raydata"),
 )
 """What a part is worth: the rate of the second over that of the third."""
@@ -32,26 +34,32 @@ PARTS = (
 
 def summarise(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians with the lowest and highest rate of each contestant, and what alignment and order are worth."""
-    results = {name: _summary(figures) for name, figures in rounds.items()}
-    rates = {name: found["median"]["rows_per_second"] for name, found in results.items() if found["median"]}
-    return {
-        "results": results,
-        "ratios": {
-            part: {"of": of, "to": to, "rows_per_second": round(rates[of] / rates[to], 3)}
-            for part, of, to in PARTS
-            if of in rates and to in rates
-        },
+    results = {name: _summary(figures) for name, figures in rounds.items() if figures}
+    medians = {name: found["median"] for name, found in results.items() if found["median"]}
+    ratios = {
+        part: {"of": of, "to": to} | _ratio(medians[of], medians[to])
+        for part, of, to in PARTS
+        if of in medians and to in medians
     }
+    return {"results": results, "ratios": ratios}
+
+
+def _ratio(of: dict[str, Any], to: dict[str, Any]) -> dict[str, Any]:
+    """How many times the rate, beside how many prompt tokens a row either worked on."""
+    tokens = {"of": of["mean_prompt_tokens"], "to": to["mean_prompt_tokens"]}
+    return {"rows_per_second": round(of["rows_per_second"] / to["rows_per_second"], 3), "mean_prompt_tokens": tokens}
 
 
 def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     good = [figures for figures in rounds if not figures.get("failure")]
+    failures = dict.fromkeys(figures["failure"] for figures in rounds if figures.get("failure"))
+    told = {"counted": len(good), "failure": "; ".join(failures), "rounds": rounds}
     if not good:
-        return {"median": {}, "failure": rounds[-1]["failure"], "rounds": rounds}
+        return {"median": {}} | told
     rates = [figures["rows_per_second"] for figures in good]
     median = {key: _median([figures[key] for figures in good]) for key in MEDIANS}
     spread = {"lowest": min(rates), "highest": max(rates)}
-    return {"median": median, "rows_per_second": spread, "note": good[-1]["note"], "rounds": rounds}
+    return {"median": median, "rows_per_second": spread, "note": good[-1]["note"]} | told
 
 
 def _median(values: Sequence[float | None]) -> float | None:
@@ -60,7 +68,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The report for people; notes and failures stand in the caption."""
+    """The report for people; notes, failures and the machine's load stand in the caption."""
     shown = Table(title=f"{report['input']}: {report['rows']:,} rows, medians of {report['rounds']} rounds")
     for name in ("contestant", "rows/s", "lowest-highest", "x vllm", "busy s", "start-up s", "output tokens/s"):
         shown.add_column(name, justify="left" if name == "contestant" else "right")
@@ -70,10 +78,28 @@ def table(report: dict[str, Any]) -> Table:
     base = results.get(BASELINE, {}).get("median", {}).get("rows_per_second")
     for name, found in results.items():
         shown.add_row(name, *(_cells(found, base) if found["median"] else ["failed"]))
-    shown.caption = "\n".join(
-        f"{name}: {said}" for name, found in results.items() if (said := found.get("failure") or found.get("note"))
-    )
+    shown.caption = escape("\n".join(_remarks(results)))
     return shown
+
+
+def _remarks(results: dict[str, Any]) -> Iterator[str]:
+    for name, found in results.items():
+        counted, rounds = found["counted"], len(found["rounds"])
+        medians = f"medians of {counted} of {rounds} rounds" if 0 < counted < rounds else ""
+        if said := "; ".join(filter(None, (medians, found["failure"], found.get("note")))):
+            yield f"{name}: {said}"
+    loads = [figures["load_before"][0] for found in results.values() for figures in found["rounds"]]
+    yield f"highest load average before an attempt: {max(loads):.2f}"
+
+
+def ratio_lines(report: dict[str, Any]) -> Iterator[str]:
+    """What each part is worth, a line each."""
+    for part, ratio in report["ratios"].items():
+        tokens = ratio["mean_prompt_tokens"]
+        yield (
+            f"{part}: {ratio['of']} / {ratio['to']} = {ratio['rows_per_second']:.2f}"
+            f" (mean prompt tokens {tokens['of']:,.0f} / {tokens['to']:,.0f})"
+        )
 
 
 def _cells(found: dict[str, Any], base: float | None) -> list[str]:

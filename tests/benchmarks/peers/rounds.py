@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,30 @@ class Attempt:
     outputs: dict[int, list[int]] = field(default_factory=dict)
 
 
-def play(names: Sequence[str], rounds: int, setting: Setting, folder: Path, timeout: float) -> dict[str, list[Attempt]]:
-    """Every contestant once a round, in turn (A, B, C, A, B, C); what one fails at is told in its figures."""
+def play(
+    attempts: dict[str, list[Attempt]],
+    rounds: int,
+    setting: Setting,
+    folder: Path,
+    timeout: float,
+    tell: Callable[[], None] = lambda: None,
+) -> None:
+    """Every contestant once a round, in turn (A, B, C, A, B, C); what one fails at is told in its figures.
+
+    ``attempts`` may hold some from before; others are added, and ``tell`` is called after each.
+    """
     setting.dump(folder / "setting.json")
-    attempts: dict[str, list[Attempt]] = {name: [] for name in names}
     for number in range(1, rounds + 1):
-        for name in names:
+        for name, made in attempts.items():
+            if len(made) >= number:
+                continue
+            load = {"load_before": [round(load, 2) for load in os.getloadavg()]}
             attempt = _attempt(name, setting, folder, timeout)
-            attempts[name].append(attempt)
+            made.append(replace(attempt, figures=attempt.figures | load))
+            tell()
             told = attempt.figures.get("failure") or f"{attempt.figures['rows_per_second']:.2f} rows/s"
             print(f"round {number} of {rounds}: {name}: {told}", file=sys.stderr, flush=True)
             time.sleep(PAUSE_SECONDS)
-    return attempts
 
 
 def _attempt(name: str, setting: Setting, folder: Path, timeout: float) -> Attempt:

@@ -103,5 +103,4 @@ def _measured(
         outputs[row] = until_stop(body["choices"][0]["token_ids"], stops)
         cached += (body["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         different += body["prompt_token_ids"] != prompts[row]
-    extra = {"prompts_that_differ": different}
-    return Measured(startup, busy, prompts, outputs, cached, errors=errors, note=NOTE, extra=extra)
+    return Measured(startup, busy, prompts, outputs, cached, different=different, errors=errors, note=NOTE)

@@ -9,6 +9,7 @@ from typing import Any
 from serving.config import EngineConfig
 from serving.cores import available_cores
 from serving.engine import _engine_args
+from serving.truncation import DEFAULT_PREFIX_ALIGN
 
 SPANFILL_ONLY = ("scheduling_policy", "distributed_executor_backend", "enable_log_requests")
 """What spanfill's engine is given for its own ends; a peer keeps vLLM's defaults."""
@@ -26,8 +27,8 @@ class Setting:
     kv_cache_gib: int = 1
     block_size: int = 128
     transformers_rows: int = 20
-    align: int | None = None
-    """``prefix_align`` of the contestants that align; None is spanfill's default."""
+    align: int = DEFAULT_PREFIX_ALIGN
+    """``prefix_align`` of the contestants that align."""
 
     keep_outputs: bool = False
 

@@ -1,0 +1,40 @@
+"""Where a benchmark leaves what it found: a JSON file, a plot, a terminal or what it was redirected to."""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jobs.store import locate, publish_bytes
+
+PLOT_SUFFIXES = (".svg", ".png")
+REDIRECTED_WIDTH = 150
+
+
+def check_files(parser: argparse.ArgumentParser, json_file: Path | None, plot: Path | None) -> None:
+    """End with the parser's error, before anything runs, where one of the files could not be written."""
+    for path in filter(None, (json_file, plot)):
+        if not path.parent.is_dir() or path.is_dir():
+            parser.error(f"{path} cannot be written: {path.parent} must be a folder, and {path.name} a file in it")
+    if not plot:
+        return
+    if plot.suffix not in PLOT_SUFFIXES:
+        parser.error(f"--plot {plot}: its name must end in {' or '.join(PLOT_SUFFIXES)}")
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        parser.error(f"--plot needs matplotlib: {error}")
+
+
+def publish_json(path: Path, value: Any) -> None:
+    """Write the file so that readers see all of it or what was there before."""
+    publish_bytes(locate(str(path)), json.dumps(value, indent=1).encode())
+
+
+def console() -> Console:
+    """Standard output, wide enough for a table where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else REDIRECTED_WIDTH)
