@@ -343,7 +343,7 @@ def test_a_damaged_segment_is_set_aside_and_said(write_rows: WriteRows, tmp_path
         """Stops the job once 50 rows are done."""
 
         def update(self, progress: Progress) -> None:
-            if progress.tally.rows > 50:
+            if progress.stage == "running" and progress.tally.rows > 50:
                 raise InterruptedJobError("enough.", remedy="")
 
     source, output = write_rows(prefix=[f"row {i}" for i in range(1_000)]), tmp_path / "out"
