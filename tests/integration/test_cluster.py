@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
-from ray._private.state import GlobalState
-from ray._raylet import GcsClientOptions
+from ray._private.state import GcsClientOptions, GlobalState
 from ray.cluster_utils import Cluster
 
 from jobs.verify import verify

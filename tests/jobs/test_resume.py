@@ -198,7 +198,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for row in NULL:
         columns["prefix"][row] = None
     pq.write_table(pa.table(columns), source, row_group_size=20)
-    values = {"input": str(source), "engine": "simulated", "engine_args": {"time_scale": 20, "max_num_seqs": 4}}
+    values: dict[str, Any] = {"input": str(source), "engine": "simulated"}
+    values |= {"engine_args": {"time_scale": 20, "max_num_seqs": 4}}
     values |= {"max_tokens": 16, "rows_per_part": PER_PART, "batch_rows": 4, "max_error_rate": 1.0}
     return values | {"n": 2, "temperature": 0.8}
 
