@@ -93,6 +93,7 @@ class Feeder:
         self._block_size = 1
         self._flights: dict[int, Flight] = {}
         self._works: dict[int, UnitWork] = {}
+        self._said: list[str] = []
         self._tasks: set[asyncio.Task[Tally | None]] = set()
         self._sampling = Sampling(
             max_tokens=spec.max_tokens,
@@ -134,6 +135,8 @@ class Feeder:
             report.examples.extend(work.examples)
             report.said.extend(work.said)
             work.said = []
+        report.said.extend(self._said)
+        self._said = []
         return report
 
     async def stop(self, drain_seconds: float) -> None:
@@ -178,6 +181,7 @@ class Feeder:
                 tally = await asyncio.to_thread(work.finish)
         finally:
             self._works.pop(work.unit.index, None)
+            self._said += work.said
         tally.seconds = time.monotonic() - started
         return tally
 

@@ -240,7 +240,8 @@ class Ledger:
             yield from pool.map(self.read_report, units)
 
     def set_aside(self, unit: int) -> None:
-        """Move a damaged part and its errors out of the way, so that the unit is done again."""
+        """Move a damaged part and its errors out of the way, so that the unit is done again; not all is done then."""
+        self.withdraw_manifest()
         for location, folder in ((self.part(unit), "data"), (self.errors(unit), "errors")):
             if exists(location):
                 publish_bytes(self._state("damaged").join(f"{folder}-{location.name}"), read_bytes(location))

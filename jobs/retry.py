@@ -12,8 +12,13 @@ from jobs.store import delete, exists, publish_bytes, read_bytes
 
 
 def plan_retries(ledger: Ledger, units: list[Unit]) -> list[Unit]:
-    """The plan with a new unit for each finished unit that has error rows and was not retried; stores it."""
-    retried, failed = {unit.retries for unit in units}, ledger.failed()
+    """The plan with a new unit for each finished unit that has error rows and was not retried; stores it.
+
+    Where an earlier run's retries are not all done and settled it stays as it is: this run ends those.
+    """
+    retried, failed, done = {unit.retries for unit in units}, ledger.failed(), ledger.done()
+    if any(unit.retries in failed or unit.index not in done for unit in units if unit.retries >= 0):
+        return units
     again = [unit for unit in units if unit.index in failed and unit.index not in retried]
     if not again:
         return units

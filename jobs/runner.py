@@ -188,7 +188,6 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 def _redo(run: _Run, left: deque[Unit], damaged: list[Unit]) -> bool:
     """Queue finished units that were found damaged; whether there are any."""
     for unit in damaged:
-        run.ledger.withdraw_manifest()
         run.watcher.say(f"part {unit.index} is damaged; it was set aside and its rows run again")
         run.progress.resumed_rows -= unit.rows
     left.extend(damaged)

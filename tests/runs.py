@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,38 @@ TITLES = {
 }
 """What the processes of a run call themselves; ``driver`` is the command itself."""
 
+DAEMONS = ("raylet", "gcs_server")
+"""Ray's own processes, by the names of their programs."""
+
+COUNTING = Path(__file__).parent / "benchmarks" / "counting"
+
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa")
 
 
-def write_pairs(path: Path, rows: int, *, seed: int = 0, words: int = 30, row_group_size: int = 500) -> Path:
-    """Rows of random words that share beginnings, with ids."""
+def write_pairs(
+    path: Path, rows: int, *, seed: int = 0, words: int = 30, row_group_size: int = 500, bad: Collection[int] = ()
+) -> Path:
+    """Rows of random words that share beginnings, with ids; the ``bad`` ones have no prefix."""
     draw = random.Random(seed)
     heads = [" ".join(draw.choices(WORDS, k=words)) for _ in range(20)]
     prefixes = [f"{draw.choice(heads)} {' '.join(draw.choices(WORDS, k=5))} {i}" for i in range(rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table({"id": range(rows), "prefix": prefixes, "suffix": ["\nend\n"] * rows})
+    given = [None if i in bad else prefix for i, prefix in enumerate(prefixes)]
+    table = pa.table({"id": range(rows), "prefix": given, "suffix": ["\nend\n"] * rows})
     pq.write_table(table, path, row_group_size=row_group_size)
     return path
+
+
+def counting(folder: Path) -> dict[str, str]:
+    """The environment of a run whose simulated engines count the rows that they answer, in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    paths = [str(COUNTING), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"SOAK_COUNTS": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def answered(folder: Path) -> int:
+    """Rows that engines answered in all runs that counted in ``folder``, whatever became of the answers."""
+    return sum(int.from_bytes(path.read_bytes(), "little") for path in folder.iterdir())
 
 
 class Run:
@@ -80,6 +100,11 @@ class Run:
             return [mine] if kind == "driver" else [p for p in mine.children(recursive=True) if _is(p, kind)]
         return []
 
+    def tree(self) -> list[psutil.Process]:
+        """Its process and all that it started, as they are now."""
+        mine = psutil.Process(self.process.pid)
+        return [mine, *mine.children(recursive=True)]
+
     def kill(self, kind: str, draw: random.Random) -> bool:
         """SIGKILL one process of a kind; whether there was one."""
         found = self.processes(kind)
@@ -91,7 +116,7 @@ class Run:
     def end(self) -> None:
         """Kill it and whatever it started, for the end of a test that failed."""
         with suppress(psutil.NoSuchProcess):
-            for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            for process in reversed(self.tree()):
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
         self.process.wait()
@@ -110,7 +135,9 @@ def running(log: Path, *arguments: object, env: Mapping[str, str] | None = None)
 
 def _is(process: psutil.Process, kind: str) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and " ".join(process.cmdline()).startswith(TITLES[kind])
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return process.name() == kind if kind in DAEMONS else " ".join(process.cmdline()).startswith(TITLES[kind])
     except psutil.NoSuchProcess:
         return False
 

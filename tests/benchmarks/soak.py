@@ -2,14 +2,19 @@
 
     python -m tests.benchmarks.soak --rows 1000000
 
-Prints one JSON object: kills survived by kind, rows lost and doubled, the share of work that was repeated, and the
-memory peak of each kind of process. The engine is simulated (``instant``): what is tried is everything around it.
-Rows that an engine answered are counted in its own process (``counting/``), whatever became of the answer.
+Prints one JSON object: kills survived by kind, rows lost and doubled, the share of work that was repeated, and of each
+kind of process, Ray's own too, the highest memory that any one of them had. The engine is simulated (``instant``): what
+is tried is everything around it. One row in ``BAD_EVERY`` has no prefix and must become an error row. Rows that an
+engine answered are counted in its own process (``counting/``), whatever became of the answer.
+
+It fails (exit code 1) on a row lost or doubled, on an error row too many or too few, on anything that ``spanfill
+verify`` finds, and where more work was repeated than ``--most-repeated`` allows.
 """
 
 import argparse
 import json
 import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -22,13 +27,15 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
+from jobs.cli import EXIT_ERROR_ROWS
 from jobs.verify import verify
-from tests.runs import Run, write_pairs
+from tests.runs import DAEMONS, Run, answered, counting, write_pairs
 
 WEIGHTS = {"replica": 4, "feeder": 4, "driver": 2, "controller": 1}
 """How often each kind is chosen; a driver's death costs a start of Ray, some eight seconds."""
 
-MEASURED = ("driver", "replica", "feeder", "controller")
+MEASURED = ("driver", "replica", "feeder", "controller", *DAEMONS)
+BAD_EVERY = 1_000
 
 
 def main() -> None:
@@ -37,27 +44,30 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pause", type=float, nargs=2, default=(3.0, 9.0), help="seconds between two kills")
-    parser.add_argument("--folder", type=Path, help="kept; else a temporary one")
+    parser.add_argument("--folder", type=Path, help="kept, and emptied of an earlier soak; else a temporary one")
+    parser.add_argument("--most-repeated", type=float, default=0.5, help="share of the rows answered more than once")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="spanfill-soak-") as temporary:
         folder = arguments.folder or Path(temporary)
         result = soak(folder, rows=arguments.rows, seed=arguments.seed, pause=tuple(arguments.pause))
     print(json.dumps(result, indent=1))
-    sys.exit(0 if not result["rows_lost"] and not result["rows_doubled"] and not result["problems"] else 1)
+    wrong = ("rows_lost", "rows_doubled", "error_rows_astray", "problems")
+    sys.exit(int(any(result[name] for name in wrong) or result["work_repeated_share"] > arguments.most_repeated))
 
 
 def soak(folder: Path, *, rows: int, seed: int, pause: tuple[float, float]) -> dict[str, Any]:
     """Run the job to its end through kills; returns the figures."""
-    source = write_pairs(folder / "rows.parquet", rows, seed=seed, words=12, row_group_size=10_000)
-    output, log, draw = folder / "out", folder / "log", random.Random(seed)
+    bad = range(seed % BAD_EVERY, rows, BAD_EVERY)
+    source = write_pairs(folder / "rows.parquet", rows, seed=seed, words=12, row_group_size=10_000, bad=bad)
+    output, log, counts, draw = folder / "out", folder / "log", folder / "counts", random.Random(seed)
+    for old in (output, counts):
+        shutil.rmtree(old, ignore_errors=True)
+    log.unlink(missing_ok=True)
     options = ["--input", source, "--output", output, "--engine", "instant", "--max-tokens", 16]
     options += ["--rows-per-part", 4_000, "--replicas", 2]
-    counts = folder / "counts"
-    counts.mkdir(exist_ok=True)
-    counting = {"SOAK_COUNTS": str(counts), "PYTHONPATH": str(Path(__file__).with_name("counting"))}
     meter, kills, asked, started = Meter(), Counter[str](), 0, time.monotonic()
     while True:
-        run = Run(log, *options, env=counting)
+        run = Run(log, *options, env=counting(counts))
         meter.watch(run)
         while run.process.poll() is None:
             time.sleep(draw.uniform(*pause))
@@ -67,14 +77,13 @@ def soak(folder: Path, *, rows: int, seed: int, pause: tuple[float, float]) -> d
                 print(f"{time.monotonic() - started:7.1f} s  {_done(output):>9,} rows  killed {kind}", file=sys.stderr)
         code = run.wait()
         asked += 1
-        if code == 0:
+        if code == EXIT_ERROR_ROWS:
             manifest = json.loads(run.stdout)
             break
         assert code == -9, f"exit code {code}: {run.told[-2_000:]}"
     seconds = time.monotonic() - started
-    found = Counter(
-        value for path in (output / "data").iterdir() for value in pq.read_table(path, columns=["id"])["id"].to_pylist()
-    )
+    found, failed = _ids(output / "data"), _ids(output / "errors")
+    everything = found + failed
     return {
         "rows": rows,
         "engine": manifest["engine"],
@@ -82,11 +91,12 @@ def soak(folder: Path, *, rows: int, seed: int, pause: tuple[float, float]) -> d
         "kills": dict(kills),
         "kills_survived": sum(kills.values()),
         "runs": asked,
-        "rows_lost": rows - len(found),
-        "rows_doubled": sum(count - 1 for count in found.values()),
+        "rows_lost": rows - len(everything),
+        "rows_doubled": everything.total() - len(everything),
         "error_rows": manifest["errors"],
-        "work_repeated_share": round(sum(_answered(path) for path in counts.iterdir()) / rows - 1, 4),
-        "memory_peak_mib": {kind: round(peak / 2**20) for kind, peak in meter.peaks.items()},
+        "error_rows_astray": len(failed.keys() ^ set(bad)),
+        "work_repeated_share": round(answered(counts) / (rows - len(bad)) - 1, 4),
+        "memory_peak_mib_of_the_largest": {kind: round(peak / 2**20) for kind, peak in meter.peaks.items()},
         "problems": verify(str(output)).problems,
     }
 
@@ -96,13 +106,13 @@ def _done(output: Path) -> int:
     return sum(pq.read_metadata(path).num_rows for path in output.glob("data/*.parquet"))
 
 
-def _answered(path: Path) -> int:
-    """Rows that one engine's process answered, whatever became of them."""
-    return int.from_bytes(path.read_bytes(), "little")
+def _ids(folder: Path) -> Counter[int]:
+    """How often each row's id is in a folder's files."""
+    return Counter(i for path in folder.iterdir() for i in pq.read_table(path, columns=["id"])["id"].to_pylist())
 
 
 class Meter:
-    """Memory peaks of the processes of the runs that it watches."""
+    """Memory peaks of the runs that it watches: of each kind the highest of any one process."""
 
     def __init__(self) -> None:
         self.peaks: dict[str, int] = dict.fromkeys(MEASURED, 0)

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ import pytest
 
 from jobs import JobSpec, run_job
 from jobs.verify import verify
-from tests.runs import contents, journaled, rows, running, write_pairs
+from tests.runs import Run, answered, contents, counting, journaled, rows, running, write_pairs
 
 pytestmark = pytest.mark.engine
 COUNT = 6_000
@@ -30,9 +31,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(cluster: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The parts of a run that nobody disturbed."""
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    return parts_of(source, tmp_path_factory.mktemp("undisturbed") / "out", rows_per_part=1_500)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_in_one(cluster: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The one part of a run that nobody disturbed."""
+    return parts_of(source, tmp_path_factory.mktemp("in-one") / "out", rows_per_part=COUNT)
+
+
+def parts_of(source: Path, output: Path, *, rows_per_part: int) -> dict[str, bytes]:
+    """What a run in one go writes."""
     values = {"input": str(source), "output": str(output), "engine": "simulated", "engine_args": {"time_scale": 100}}
-    run_job(JobSpec.parse(values | {"max_tokens": 32, "rows_per_part": 1_500}))
+    run_job(JobSpec.parse(values | {"max_tokens": 32, "rows_per_part": rows_per_part}))
     return contents(output)
 
 
@@ -65,26 +76,41 @@ def test_a_killed_process_is_replaced_and_the_output_is_the_same(
     assert verify(str(tmp_path / "out")).problems == []
 
 
+def kill_between_segments(run: Run, output: Path, counts: Path, segments: int, draw: random.Random) -> float:
+    """Kill a driver after so many segments more, far from the next; returns for how long its engines had answered."""
+    answers, before = answered(counts), len(journaled(output))
+    run.until(lambda: answered(counts) > answers)
+    started = time.monotonic()
+    run.until(lambda: len(journaled(output)) >= before + segments)
+    time.sleep(draw.uniform(1, 3))
+    run.kill("driver", draw)
+    seconds = time.monotonic() - started
+    assert run.wait() == -signal.SIGKILL
+    return seconds
+
+
 def test_a_killed_driver_loses_seconds_and_the_same_command_resumes(
-    options: list[object], undisturbed: dict[str, bytes], tmp_path: Path
+    source: Path, undisturbed_in_one: dict[str, bytes], tmp_path: Path
 ) -> None:
-    draw, output = random.Random(5), tmp_path / "out"
-    for _ in range(3):
-        with running(tmp_path / "log", *options, "--feeders", draw.choice([1, 2])) as run:
-            run.until(progressed(output))
-            time.sleep(draw.uniform(0, 2))
-            run.kill("driver", draw)
-            killed = time.time()
-            assert run.wait() == -signal.SIGKILL
-        newest = [path.stat().st_mtime for path in [*journaled(output), *output.glob("data/*")]]
-        assert killed - max(newest) < REPEATED_SECONDS
-    with running(tmp_path / "log", *options) as run:
+    """One part of all rows, so that nothing but the journal keeps what was done; killed between two segments of it."""
+    draw, output, counts = random.Random(5), tmp_path / "out", tmp_path / "counts"
+    options: list[object] = ["--input", source, "--output", output, "--max-tokens", 32, "--batch-rows", 16]
+    options += ["--rows-per-part", COUNT, "--engine", "simulated", "--engine-arg", "max_num_seqs=16"]
+    seconds = 0.0
+    for segments in (4, 2):
+        with running(tmp_path / "log", *options, env=counting(counts)) as run:
+            seconds += kill_between_segments(run, output, counts, segments, draw)
+            assert not list(output.glob("data/*"))
+    rate = answered(counts) / seconds
+    with running(tmp_path / "log", *options, env=counting(counts)) as run:
         manifest = run.manifest()
         assert "taking over from process" in run.told
         assert "resuming" in run.told
     assert manifest["rows"] == COUNT
-    assert manifest["tally"]["replayed"] > 0
-    assert contents(output) == undisturbed
+    repeated = (answered(counts) - COUNT) / rate
+    assert 0 < repeated < 2 * REPEATED_SECONDS
+    assert manifest["tally"]["replayed"] > COUNT / 4
+    assert contents(output) == undisturbed_in_one
     assert verify(str(output)).problems == []
 
 
@@ -105,6 +131,31 @@ def test_a_notice_of_thirty_seconds_is_enough(
         assert run.manifest()["rows"] == COUNT
         assert "taking over" not in run.told
     assert contents(output) == undisturbed
+
+
+def test_a_notice_to_all_processes_of_a_machine_costs_nothing_either(
+    options: list[object], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A machine that shuts down: SIGTERM to whatever runs, Ray's own processes too, and SIGKILL a little later."""
+    draw, output = random.Random(7), tmp_path / "out"
+    with running(tmp_path / "log", *options, "--replicas", 2) as run:
+        run.until(progressed(output))
+        time.sleep(draw.uniform(0, 4))
+        run.until(lambda: len(run.tree()) > 5)
+        processes = run.tree()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in draw.sample(processes, len(processes)):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+            if number == signal.SIGTERM:
+                time.sleep(draw.uniform(1, 5))
+        assert run.wait() != 0
+    assert not (output / "_spanfill" / "manifest.json").exists()
+    assert {path.name: path.read_bytes() for path in output.glob("data/*")}.items() < undisturbed.items()
+    with running(tmp_path / "log2", *options) as run:
+        assert run.manifest()["rows"] == COUNT
+    assert contents(output) == undisturbed
+    assert verify(str(output)).problems == []
 
 
 def test_a_killed_drivers_processes_are_gone_within_a_minute(options: list[object], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """``spanfill run`` on real Ray Serve, with engines that cost nothing: what goes in, what comes out, what is refused."""
 
+import hashlib
 import json
 import random
 import signal
@@ -16,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import JobSpec, run_job
-from jobs.runner import Watcher
-from serving.errors import InputChangedError, OutputError, TooManyErrorsError
+from jobs.runner import Progress, Watcher
+from serving.errors import InputChangedError, InterruptedJobError, OutputError, TooManyErrorsError
 from tests.conftest import WriteRows
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("cluster")]
@@ -284,6 +285,29 @@ def test_an_id_that_is_not_utf8_is_a_bad_row(tmp_path: Path, checkpoint: Path) -
     assert "column id is not UTF-8 at byte 4" in error["error_message"]
 
 
+class Onlooker(Watcher):
+    """Hears what is said, and sees at every look whether there is a manifest."""
+
+    def __init__(self, output: Path) -> None:
+        self.manifest = output / "_spanfill" / "manifest.json"
+        self.heard: list[str] = []
+        self.seen: list[bool] = []
+
+    def say(self, message: str) -> None:
+        """Keep it."""
+        self.heard.append(message)
+
+    def update(self, progress: Progress) -> None:
+        """Look."""
+        self.seen.append(self.manifest.exists())
+
+
+def assert_manifest_is_true(output: Path) -> None:
+    told = json.loads((output / "_spanfill" / "manifest.json").read_text())["parts"]
+    there = {f"{path.parent.name}/{path.name}": path for path in [*output.glob("data/*"), *output.glob("errors/*")]}
+    assert told == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in there.items()}
+
+
 def test_a_damaged_part_is_made_anew_before_the_manifest_says_done(
     write_rows: WriteRows, tmp_path: Path, checkpoint: Path
 ) -> None:
@@ -293,11 +317,47 @@ def test_a_damaged_part_is_made_anew_before_the_manifest_says_done(
     parts = {path: path.read_bytes() for path in sorted((output / "data").iterdir())}
     victim = list(parts)[1]
     victim.write_bytes(bytes(len(parts[victim])))
-    (output / "_spanfill" / "manifest.json").unlink()
-    again = run_job(job)
+    onlooker = Onlooker(output)
+    again = run_job(job, watcher=onlooker)
+    assert len(onlooker.seen) > 1
+    assert not any(onlooker.seen), "the manifest was there while a part was made anew"
     assert again["parts"] == manifest["parts"]
     assert {path: path.read_bytes() for path in sorted((output / "data").iterdir())} == parts
     assert (output / "_spanfill" / "damaged" / f"data-{victim.name}").exists()
+    assert_manifest_is_true(output)
+
+
+def test_no_manifest_is_there_while_error_rows_are_done_again(tmp_path: Path, checkpoint: Path) -> None:
+    pq.write_table(pa.table({"prefix": pa.array(["a", None] * 50)}), tmp_path / "rows.parquet")
+    job, output = spec(tmp_path / "rows.parquet", tmp_path / "out", checkpoint, max_error_rate=1.0), tmp_path / "out"
+    assert run_job(job)["errors"] == 50
+    onlooker = Onlooker(output)
+    assert run_job(job.model_copy(update={"retry_errors": True}), watcher=onlooker)["errors"] == 50
+    assert len(onlooker.seen) > 1
+    assert not any(onlooker.seen)
+    assert_manifest_is_true(output)
+
+
+def test_a_damaged_segment_is_set_aside_and_said(write_rows: WriteRows, tmp_path: Path, checkpoint: Path) -> None:
+    class Impatient(Watcher):
+        """Stops the job once 50 rows are done."""
+
+        def update(self, progress: Progress) -> None:
+            if progress.stage == "running" and progress.tally.rows > 50:
+                raise InterruptedJobError("enough.", remedy="")
+
+    source, output = write_rows(prefix=[f"row {i}" for i in range(1_000)]), tmp_path / "out"
+    slow = {"engine": "simulated", "engine_args": {"max_num_seqs": 4}, "batch_rows": 4}
+    job = spec(source, output, checkpoint, **slow)
+    with pytest.raises(InterruptedJobError):
+        run_job(job, watcher=Impatient())
+    (segment,) = output.glob("_spanfill/journal/*/*.arrow")
+    segment.write_bytes(segment.read_bytes()[:-1] + b"\0")
+    onlooker = Onlooker(output)
+    manifest = run_job(job, watcher=onlooker)
+    assert [line for line in onlooker.heard if f"journal segment {segment.name} is damaged" in line]
+    assert (output / "_spanfill" / "damaged" / segment.name).exists()
+    assert (manifest["rows"], manifest["tally"]["replayed"]) == (1_000, 0)
 
 
 def test_an_output_inside_the_input_folder_is_refused(write_rows: WriteRows, tmp_path: Path, checkpoint: Path) -> None:

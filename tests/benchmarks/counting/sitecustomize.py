@@ -1,4 +1,4 @@
-"""Counts the rows that simulated engines answer, in files that outlive a SIGKILL; on the path of a soak's processes.
+"""Counts the rows that simulated engines answer, in files that outlive a SIGKILL; on the path of a run's processes.
 
 Python imports a module of this name at its start. It waits for ``serving.simulated`` to be imported and then counts
 every answer in an eight-byte memory-mapped file of its process's own, in the folder that ``SOAK_COUNTS`` names.
@@ -8,6 +8,7 @@ import importlib.util
 import mmap
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -40,7 +41,7 @@ class Hook:
 
 def count_answers(module: Any) -> None:
     """Count what ``SimulatedEngine.generate`` answers."""
-    path = Path(os.environ["SOAK_COUNTS"], str(os.getpid()))
+    path = Path(os.environ["SOAK_COUNTS"], f"{os.getpid()}-{time.time_ns()}")
     path.write_bytes(bytes(8))
     with path.open("r+b") as file:
         counter = mmap.mmap(file.fileno(), 8)
