@@ -133,6 +133,18 @@ def test_a_notice_of_thirty_seconds_is_enough(
     assert contents(output) == undisturbed
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.7])
+def test_a_notice_while_ray_starts_ends_the_run_like_any_other(
+    options: list[object], tmp_path: Path, seconds: float
+) -> None:
+    with running(tmp_path / "log", *options) as run:
+        run.until(lambda: len(run.tree()) > 1)
+        time.sleep(seconds)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM
+        assert "Run the same command again to resume" in run.told
+
+
 def test_a_notice_to_all_processes_of_a_machine_costs_nothing_either(
     options: list[object], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
