@@ -38,7 +38,7 @@ def test_a_poisonous_row_becomes_an_error_row_and_its_neighbours_finish(
     errors = rows(tmp_path / "out", "errors")
     assert {row["id"] for row in errors} == poisonous
     assert all(words in row["error_message"] for row in errors), errors
-    assert all(row["attempts"] >= 3 for row in errors)
+    assert all(row["attempts"] == 2 if batch_rows == 1 else row["attempts"] >= 3 for row in errors)
     assert verify(str(tmp_path / "out")).problems == []
 
 

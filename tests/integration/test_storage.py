@@ -204,6 +204,6 @@ def test_a_full_disk_stops_the_job_and_room_lets_it_resume(
     assert lines[0] == "first 1", done.stdout
     found, last = lines[1:-2], lines[-2:]
     assert found, done.stdout
-    assert all(f"{disk}/out/{kept}/" in line for line in found), done.stdout
+    assert any(f"{disk}/out/{kept}/" in line for line in found), done.stdout
     assert "resuming" in told
     assert last == ["second 0", "4" if kept == "data" else "1"], told
