@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -62,10 +63,12 @@ class Run:
 
     def __init__(self, log: Path, *arguments: object, env: Mapping[str, str] | None = None) -> None:
         self._log = log
+        # Not a pipe: nobody reads before the end, and the manifest of many parts would fill one.
+        self._printed = tempfile.TemporaryFile("w+")
         command = [sys.executable, "-m", "jobs.cli", "run", "--json", *map(str, arguments)]
         with log.open("a") as stderr:
             self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, **(env or {})}
+                command, stdout=self._printed, stderr=stderr, text=True, env={**os.environ, **(env or {})}
             )
 
     @property
@@ -75,8 +78,10 @@ class Run:
 
     def wait(self, seconds: float = 240) -> int:
         """Its exit code."""
-        self.stdout, _ = self.process.communicate(timeout=seconds)
-        return self.process.returncode
+        code = self.process.wait(seconds)
+        self._printed.seek(0)
+        self.stdout = self._printed.read()
+        return code
 
     def manifest(self, seconds: float = 240) -> dict[str, Any]:
         """What it printed at its end, which must be a good one."""
