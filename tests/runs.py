@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -64,12 +63,10 @@ class Run:
     def __init__(self, log: Path, *arguments: object, env: Mapping[str, str] | None = None) -> None:
         self._log = log
         # Not a pipe: nobody reads before the end, and the manifest of many parts would fill one.
-        self._printed = tempfile.TemporaryFile("w+")
+        self._printed = log.with_name(f"{log.name}.stdout")
         command = [sys.executable, "-m", "jobs.cli", "run", "--json", *map(str, arguments)]
-        with log.open("a") as stderr:
-            self.process = subprocess.Popen(
-                command, stdout=self._printed, stderr=stderr, text=True, env={**os.environ, **(env or {})}
-            )
+        with log.open("a") as stderr, self._printed.open("w") as stdout:
+            self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env={**os.environ, **(env or {})})
 
     @property
     def told(self) -> str:
@@ -79,8 +76,7 @@ class Run:
     def wait(self, seconds: float = 240) -> int:
         """Its exit code."""
         code = self.process.wait(seconds)
-        self._printed.seek(0)
-        self.stdout = self._printed.read()
+        self.stdout = self._printed.read_text()
         return code
 
     def manifest(self, seconds: float = 240) -> dict[str, Any]:
