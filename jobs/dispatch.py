@@ -84,14 +84,13 @@ class Dispatcher:
 
         After ``close`` fewer answers come, or none. Raises ``EngineError`` when every call is lost.
         """
-        batch = MicroBatch(tuple(requests), sampling, lane=lane)
+        batch, left = MicroBatch((), sampling, lane=lane), {request.key: request for request in requests}
         self._latest = requests[0]
         attempt = 1
         free = FREE_CALLS if len(requests) > 1 else min(FREE_CALLS, max(1, self._max_attempts - 1))
         while attempt <= free:
             try:
-                async for answers in self._reach(batch, attempt):
-                    batch = _without(batch, answers)
+                async for answers in self._reach(batch, left, attempt):
                     yield answers
                 return
             except LOST:
@@ -99,40 +98,39 @@ class Dispatcher:
                 attempt += 1
         suspected()
         async with self._isolation:
-            async for answers in self._isolate(replace(batch, alone=True), attempt):
+            async for answers in self._isolate(replace(batch, alone=True), left, attempt):
                 yield answers
 
-    async def _isolate(self, batch: MicroBatch, attempt: int) -> AsyncIterator[list[Answer]]:
-        tries = 1 if len(batch.requests) > 1 else max(1, self._max_attempts - attempt + 1)
+    async def _isolate(self, batch: MicroBatch, left: dict[int, Request], attempt: int) -> AsyncIterator[list[Answer]]:
+        tries = 1 if len(left) > 1 else max(1, self._max_attempts - attempt + 1)
         for _ in range(tries):
             try:
-                async for answers in self._reach(batch, attempt):
-                    batch = _without(batch, answers)
+                async for answers in self._reach(batch, left, attempt):
                     yield answers
                 return
             except LOST as error:
                 await _wait(attempt)
                 attempt, lost = attempt + 1, error
-        requests = batch.requests
+        requests = list(left.values())
         if len(requests) == 1:
             yield [Answer(_failed(requests[0], lost), attempts=attempt - 1)]
             return
         middle = len(requests) // 2
         for half in (requests[:middle], requests[middle:]):
-            async for answers in self._isolate(replace(batch, requests=half), attempt):
+            async for answers in self._isolate(batch, {request.key: request for request in half}, attempt):
                 yield answers
 
-    async def _reach(self, batch: MicroBatch, attempt: int) -> AsyncIterator[list[Answer]]:
-        while not self._closed and batch.requests:
+    async def _reach(self, batch: MicroBatch, left: dict[int, Request], attempt: int) -> AsyncIterator[list[Answer]]:
+        """Ask for what is ``left`` of a micro-batch, until nothing is: what is answered is taken out."""
+        while not self._closed and left:
             started = time.monotonic()
+            asked = replace(batch, requests=tuple(left.values()), patience=self._pace.patience)
             try:
-                async for answer in self._call(replace(batch, patience=self._pace.patience)):
-                    answers = [Answer(result, answer.replica, attempt, answer.waiting) for result in answer.results]
-                    answered = {result.key for result in answer.results}
-                    self._answered = next((r for r in batch.requests if r.key in answered), self._answered)
+                async for answer in self._call(asked):
                     self._deaths = 0
-                    batch = _without(batch, answers)
-                    yield answers
+                    for result in answer.results:
+                        self._answered = left.pop(result.key)
+                    yield [Answer(result, answer.replica, attempt, answer.waiting) for result in answer.results]
             except NOT_REACHED:
                 await _wait(1)
             except LOST as error:
@@ -145,7 +143,7 @@ class Dispatcher:
                     ) from error
                 raise
             except (RayTaskError, RayServeException) as error:
-                yield [Answer(_failed(request, error), attempts=attempt) for request in batch.requests]
+                yield [Answer(_failed(request, error), attempts=attempt) for request in left.values()]
                 return
             else:
                 self._pace.record(time.monotonic() - started)
@@ -167,12 +165,6 @@ class Dispatcher:
             except (*LOST, RayTaskError, RayServeException):
                 return False
         return False
-
-
-def _without(batch: MicroBatch, answers: Sequence[Answer]) -> MicroBatch:
-    """What is left of a micro-batch."""
-    answered = {answer.result.key for answer in answers}
-    return replace(batch, requests=tuple(r for r in batch.requests if r.key not in answered))
 
 
 async def _wait(attempt: int) -> None:

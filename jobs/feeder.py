@@ -187,12 +187,12 @@ class Feeder:
 
     async def _answer(self, work: UnitWork) -> None:
         """Let the lanes work off a unit, and journal what is answered meanwhile."""
-        groups = await asyncio.to_thread(work.groups, self._block_size)
+        groups, weights = await asyncio.to_thread(work.groups, self._block_size)
         if self._stopping:
             return
         flight = Flight(work, sum(len(batch) for group in groups for batch in group))
         self._flights[work.unit.index] = flight
-        self._lanes.add(work.unit.index, groups, work.weights)
+        self._lanes.add(work.unit.index, groups, weights)
         journal = asyncio.create_task(self._keep_journal(work))
         try:
             self._pump()

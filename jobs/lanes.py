@@ -104,9 +104,9 @@ class Lanes:
         the last ones to end are light. ``weights`` has one of each row that the groups name, at its index.
         """
         queue = _Queue(unit, weights, [deque() for _ in self._lanes])
-        total = sum(queue.weigh(batch) for group in groups for batch in group)
-        share = total / max(1, len(self._lanes))
-        pieces = [_Piece(piece, queue) for group in groups for piece in _pieces(group, queue, share)]
+        weighed = [[(batch, queue.weigh(batch)) for batch in group] for group in groups]
+        total = sum(weight for group in weighed for _, weight in group)
+        pieces = [piece for group in weighed for piece in _pieces(group, total / max(1, len(self._lanes)))]
         dealt: list[list[_Piece]] = [[] for _ in self._lanes]
         loads = [0.0] * len(self._lanes)
         for piece in sorted(pieces, key=lambda piece: -piece.weight):
@@ -133,13 +133,17 @@ class Lanes:
         if room <= 0:
             return None
         batch = run.pop() if last else run.popleft()
-        while run and len(batch) + len(more := run[-1 if last else 0]) <= call and queue.weigh(batch + more) <= room:
+        weight = queue.weigh(batch)
+        while run and len(batch) + len(more := run[-1 if last else 0]) <= call:
+            if weight + queue.weigh(more) > room:
+                break
             batch = run.pop() + batch if last else batch + run.popleft()
+            weight += queue.weigh(more)
         fitting = min(call, _fitting(queue, batch, room))
         if fitting < len(batch):
             (run.append if last else run.appendleft)(batch[fitting:])
             batch = batch[:fitting]
-        weight = queue.weigh(batch)
+            weight = queue.weigh(batch)
         self._waiting -= weight
         if not state.calls:
             state.since = self._clock()
@@ -196,26 +200,28 @@ class Lanes:
         return len(left)
 
 
+@dataclass(slots=True)
 class _Piece:
     """Micro-batches that stay together."""
 
-    def __init__(self, batches: list[Batch], queue: _Queue) -> None:
-        self.batches = batches
-        self.rows = sum(map(len, batches))
-        self.weight = sum(map(queue.weigh, batches))
+    batches: list[Batch] = field(default_factory=list)
+    rows: int = 0
+    weight: float = 0.0
+
+    def add(self, batch: Batch, weight: float) -> None:
+        """One more."""
+        self.batches.append(batch)
+        self.rows += len(batch)
+        self.weight += weight
 
 
-def _pieces(group: Sequence[Batch], queue: _Queue, most: float) -> list[list[Batch]]:
-    """A group cut into pieces that weigh ``most`` at most, or are one micro-batch."""
-    pieces: list[list[Batch]] = []
-    room = 0.0
-    for batch in group:
-        weight = queue.weigh(batch)
-        if weight > room:
-            pieces.append([])
-            room = most
-        pieces[-1].append(batch)
-        room -= weight
+def _pieces(group: Sequence[tuple[Batch, float]], most: float) -> list[_Piece]:
+    """A group of weighed micro-batches cut into pieces that weigh ``most`` at most, or are one micro-batch."""
+    pieces: list[_Piece] = []
+    for batch, weight in group:
+        if not pieces or pieces[-1].weight + weight > most:
+            pieces.append(_Piece())
+        pieces[-1].add(batch, weight)
     return pieces
 
 

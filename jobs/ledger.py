@@ -242,10 +242,9 @@ class Ledger:
     def set_aside(self, unit: int) -> None:
         """Move a damaged part and its errors out of the way, so that the unit is done again; not all is done then."""
         self.withdraw_manifest()
-        for location, folder in ((self.part(unit), "data"), (self.errors(unit), "errors")):
+        for folder, location in (("data", self.part(unit)), ("errors", self.errors(unit))):
             if exists(location):
-                publish_bytes(self._state("damaged").join(f"{folder}-{location.name}"), read_bytes(location))
-                delete(location)
+                self._put_aside(f"{folder}/{location.name}")
 
     def outputs(self) -> dict[str, int]:
         """What lies in ``data/`` and ``errors/``, in folders there too: sizes in bytes by names such as ``data/a``."""
@@ -260,10 +259,13 @@ class Ledger:
         """Move files of ``data/`` and ``errors/`` that are not among ``parts`` out of readers' way; their names."""
         strays = [name for name in self.outputs() if name not in parts]
         for name in strays:
-            location = self.output.join(*name.split("/"))
-            publish_bytes(self._state("damaged").join(name.replace("/", "-")), read_bytes(location))
-            delete(location)
+            self._put_aside(name)
         return strays
+
+    def _put_aside(self, name: str) -> None:
+        location = self.output.join(*name.split("/"))
+        publish_bytes(self._state("damaged").join(name.replace("/", "-")), read_bytes(location))
+        delete(location)
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Say that all is done; nothing is left in the journal then."""

@@ -26,8 +26,7 @@ class Signals:
     def check(self) -> None:
         """Raise what the signal asks for."""
         if self._number:
-            kind = TerminatedJobError if self._number == signal.SIGTERM else InterruptedJobError
-            raise kind("interrupted; what is done is kept.", remedy="Run the same command again to resume.")
+            raise TerminatedJobError if self._number == signal.SIGTERM else InterruptedJobError
 
 
 @contextmanager

@@ -46,10 +46,7 @@ class FeederConfig:
 
 
 class UnitWork:
-    """A unit under way; ``live`` are the sums over its rows answered so far. Rows are counted within the unit.
-
-    ``groups`` sets ``weights``, the tokens that each row costs an engine.
-    """
+    """A unit under way; ``live`` are the sums over its rows answered so far. Rows are counted within the unit."""
 
     def __init__(self, config: FeederConfig, fmt: Format, unit: Unit, file: InputFile) -> None:
         self.unit = unit
@@ -71,7 +68,6 @@ class UnitWork:
         self._wanted: set[tuple[str, int]] | None = None
         self._twins: dict[int, list[int]] = {}
         self._repeated_ids = self._ideal = 0
-        self.weights: list[int] = []
         self._digest = ""
 
     @property
@@ -170,29 +166,29 @@ class UnitWork:
             key = str(identity) if isinstance(identity, str | int) else f"{source[0]}:{source[1]}"
             self._seeds.append(row_seeds(self._spec, key))
 
-    def groups(self, block_size: int) -> list[list[list[int]]]:
+    def groups(self, block_size: int) -> tuple[list[list[list[int]]], list[int]]:
         """What an engine must answer: micro-batches of rows, cut where they share least, in groups that share nothing.
 
+        And what each row costs it: the tokens that it must compute, those of the longest answer included.
         Blocks of its prefix cache hold ``block_size`` tokens. Rows with the same prompt and seeds are sent once.
         """
         with timed(self.live, "order"):
             return self._groups(block_size)
 
-    def _groups(self, block_size: int) -> list[list[list[int]]]:
+    def _groups(self, block_size: int) -> tuple[list[list[list[int]]], list[int]]:
         keys = [b"" if prompt is None else sort_key(prompt) for prompt in self._prompts]
         prompts = [row for row, prompt in enumerate(self._prompts) if prompt is not None]
         order = [prompts[i] for i in prefix_order([keys[row] for row in prompts])]
         ideal = dict(zip(order, ideal_cached_tokens(keys, order, block_size), strict=True))
-        # What a row costs an engine: the tokens that it must compute, those of the longest answer included.
         longest = self._spec.n * self._spec.max_tokens
-        self.weights = [len(key) // TOKEN_BYTES - ideal.get(row, 0) + longest for row, key in enumerate(keys)]
+        weights = [len(key) // TOKEN_BYTES - ideal.get(row, 0) + longest for row, key in enumerate(keys)]
         rows = self._find_twins(keys, order, ideal, block_size)
         self._prompts = [prompt if row in rows else None for row, prompt in enumerate(self._prompts)]
         size = self._spec.batch_rows
         if self._spec.order == "input":
             left = sorted(rows)
-            return [[left[i : i + size]] for i in range(0, len(left), size)]
-        return grouped(keys, cut(keys, [row for row in order if row in rows], size), block_size)
+            return [[left[i : i + size]] for i in range(0, len(left), size)], weights
+        return grouped(keys, cut(keys, [row for row in order if row in rows], size), block_size), weights
 
     def _find_twins(self, keys: list[bytes], order: list[int], ideal: dict[int, int], block_size: int) -> set[int]:
         """The rows to send, without those that another's answer serves; those whose other is answered are answered."""

@@ -42,7 +42,12 @@ def verify(folder: str) -> Verdict:
     except DamagedStateError as error:
         return Verdict(finished=False, problems=[error.message])
     verdict, done = Verdict(finished=manifest is not None), ledger.done()
-    check = _Check(ledger, JobSpec.model_validate(job["spec"]), then, verdict)
+    spec, inputs = JobSpec.model_validate(job["spec"]), None
+    try:
+        inputs = inputs_of(spec, output)
+    except InputError as error:
+        verdict.problems.append(f"the input cannot be compared: {error.message}")
+    check = _Check(ledger, spec, then, inputs, verdict)
     planned = {unit.index for unit in units}
     verdict.problems += [f"{ledger.part(index).name} is not in the plan" for index in sorted(done - planned)]
     for unit in units:
@@ -69,20 +74,15 @@ def _against_manifest(ledger: Ledger, manifest: dict[str, Any], verdict: Verdict
 class _Check:
     """Compares units with the input of a job."""
 
-    def __init__(self, ledger: Ledger, spec: JobSpec, then: list[InputFile], verdict: Verdict) -> None:
+    def __init__(
+        self, ledger: Ledger, spec: JobSpec, then: list[InputFile], now: InputSet | None, verdict: Verdict
+    ) -> None:
         self._ledger = ledger
         self._spec = spec
         self._verdict = verdict
-        self._then = then
-        self._key: str | None = None
-        try:
-            self._inputs: InputSet | None = inputs_of(spec, ledger.output)
-        except InputError as error:
-            self._inputs = None
-            verdict.problems.append(f"the input cannot be compared: {error.message}")
-            return
-        self._now = {file.name: file for file in self._inputs.files}
-        present = self._inputs.schema.names
+        self._then, self._inputs = then, now
+        self._now = {file.name: file for file in now.files} if now else {}
+        present = now.schema.names if now else []
         self._roles = [spec.column(role) for role in ROLES if spec.column(role) in present]
         kept = present if spec.keep_columns is None else spec.keep_columns
         named = [n for n in (spec.column("id"), spec.column("prefix")) if n in kept and n in present]
@@ -106,7 +106,7 @@ class _Check:
         yield from self._changed(report)
         columns = ["sample", *([self._key] if self._key else [])]
         table = _read(part, columns)
-        failed = self._failed(unit.index)
+        failed = self._failed(unit.index, report)
         self._verdict.rows += table.num_rows
         self._verdict.errors += len(failed) if lists_errors(report) else 0
         if self._inputs is None:
@@ -114,7 +114,9 @@ class _Check:
         digest, keys, sources = self._input(self._inputs, unit)
         if digest != report.input:
             yield f"{part.name}: its input's rows are not what they were when it was made"
-        wanted = set(sources) if unit.retries < 0 else self._failed(unit.retries)
+        wanted = (
+            set(sources) if unit.retries < 0 else self._failed(unit.retries, self._ledger.read_report(unit.retries))
+        )
         expected = [row for row, source in enumerate(sources) if source in wanted and source not in failed]
         samples = list(range(self._spec.n)) * len(expected)
         if table.num_rows != len(samples):
@@ -129,10 +131,10 @@ class _Check:
             if (found := sha256(self._ledger.output.join(*name.split("/")))) != told:
                 yield f"{name} is not what was written (sha256)" if found else f"{name} is missing"
 
-    def _failed(self, unit: int) -> set[tuple[str, int]]:
-        """Input files and rows of what a unit could not do, whether it was retried or not."""
-        listed = lists_errors(self._ledger.read_report(unit))
-        for location in ((self._ledger.errors(unit),) if listed else ()) + (self._ledger.retried(unit),):
+    def _failed(self, unit: int, report: Report | None) -> set[tuple[str, int]]:
+        """Input files and rows of what a unit could not do, by its report or, where they were retried, as kept."""
+        listed = (self._ledger.errors(unit),) if lists_errors(report) else ()
+        for location in (*listed, self._ledger.retried(unit)):
             if exists(location):
                 found = _read(location, ["source_file", "source_row"])
                 return set(zip(*(column.to_pylist() for column in found.columns), strict=True))

@@ -167,6 +167,14 @@ class InterruptedJobError(SpanfillError):
     code = "interrupted"
     exit_code = 130
 
+    def __init__(
+        self,
+        message: str = "interrupted; what is done is kept.",
+        *,
+        remedy: str = "Run the same command again to resume.",
+    ) -> None:
+        super().__init__(message, remedy=remedy)
+
 
 class TerminatedJobError(InterruptedJobError):
     """SIGTERM; as ``InterruptedJobError`` with the exit code that the signal asks for."""

@@ -61,9 +61,7 @@ def connected() -> Iterator[bool]:
         ray.shutdown()
         if error.code != signal.SIGTERM:
             raise
-        raise TerminatedJobError(
-            "interrupted; what is done is kept.", remedy="Run the same command again to resume."
-        ) from None
+        raise TerminatedJobError from None
     except Exception as error:  # Ray raises no class of its own when a node's processes do not come up in time.
         ray.shutdown()
         raise EngineError(

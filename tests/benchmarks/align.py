@@ -1,6 +1,7 @@
 """What ``--prefix-align`` is worth: prefix sharing and speed against quality, on the demo model's held-out modules.
 
-    spanfill bench align [--spans 20 100] [--align 1 64 256 512] [--rows 520] [--json FILE] [--plot FILE.svg]
+    spanfill bench align [--spans 20 100] [--align 1 64 256 512] [--rows 520] [--rounds 2] [--json FILE]
+                         [--plot FILE.svg]
 
 Rows are single lines of the held-out modules of 8,000 characters or more, so that most prompts are cut; of so many of
 them, drawn, as ``--rows`` holds whole. At each alignment the same rows go through ``run_job`` on the real engine, all
