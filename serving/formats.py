@@ -367,7 +367,7 @@ class Format:
         """
         special = self.tokenizer.special_ids
         at = None
-        if not special.isdisjoint(token_ids):
+        if not special.isdisjoint(token_ids):  # Few completions hold one, and a look at each token costs.
             at = next(i for i, token_id in enumerate(token_ids) if token_id in special)
         text = self._text(token_ids if at is None else token_ids[:at])
         reason = self.finish_reason(stop_token_id if at is None else token_ids[at])

@@ -19,10 +19,10 @@ MOST_REMEMBERED = 16_000_000
 """Characters of lines remembered, ``LINE_COST`` more for each; beyond, all are forgotten. They take about 50 MB."""
 
 LINE_COST = 50
+
 FEED = ord("\n")
 FEED_BYTES = 4
-"""Of ids: a line feed before anything but white space is a token of its own, in every such vocabulary."""
-
+"""Of its id: before anything but white space a line feed is one token, in every vocabulary with that pattern."""
 
 MOST_AT_ONCE = 20_000
 """Characters that are encoded at once: over more without a blank the pattern would backtrack for minutes."""
@@ -52,10 +52,11 @@ class LineEncoder:
         found = list(map(known.get, lines))
         new = [place for place, ids in enumerate(found) if ids is None]
         alone = {line for line in firsts if not line or line[0].isspace()}
-        fresh = self._fresh({lines[place] for place in new} | set(firsts) - alone)
+        others = set(firsts) - alone
+        fresh = self._fresh({lines[place] for place in new} | others)
         for place in new:
             found[place] = fresh[lines[place]]
-        begun = {line: ids[FEED_BYTES:] for line, ids in fresh.items()} | self._each(alone)
+        begun = self._each(alone) | {line: fresh[line][FEED_BYTES:] for line in others}
         # Many texts begin or end in the middle of a line that nobody will meet again.
         cut = set((np.cumsum(counts) - 1).tolist())
         self._remember(known, {lines[place]: found[place] for place in new if place not in cut})  # type: ignore[misc]
@@ -109,19 +110,20 @@ def _split(texts: Sequence[str]) -> tuple[list[str], list[str], list[int]]:
     """
     joined = "".join(texts)
     codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
+    lengths = np.array([len(text) for text in texts], np.int64)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
     feeds = np.flatnonzero(codes == FEED)
-    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-    starts = np.concatenate(([0], ends[:-1])) if len(texts) else ends
     feeds = feeds[_SOLID[np.minimum(codes[feeds - 1], len(_SOLID) - 1)]]
     feeds = feeds[~np.isin(feeds, starts)]
-    counts = np.diff(np.searchsorted(feeds, np.concatenate(([0], ends))))
+    upto = np.searchsorted(feeds, ends)
+    counts = np.diff(upto, prepend=0)
+    some = counts > 0
     # Every line but the last of its text ends at the next line feed; that one ends where its text does.
-    stops = np.empty_like(feeds)
-    stops[:-1] = feeds[1:]
-    last = np.cumsum(counts)[counts > 0] - 1
-    stops[last] = ends[counts > 0]
+    stops = np.roll(feeds, -1)
+    stops[upto[some] - 1] = ends[some]
     firsts = ends.copy()
-    firsts[counts > 0] = feeds[np.cumsum(counts)[counts > 0] - counts[counts > 0]]
+    firsts[some] = feeds[(upto - counts)[some]]
     begun = [joined[start:stop] for start, stop in zip(starts.tolist(), firsts.tolist(), strict=True)]
     lines = [joined[start + 1 : stop] for start, stop in zip(feeds.tolist(), stops.tolist(), strict=True)]
     return begun, lines, counts.tolist()

@@ -290,14 +290,9 @@ def _holds(token_ids: Ids[int], wanted: Ids[int]) -> bool:
     return any(ids[i : i + count] == first for i in range(len(ids) - count + 1) if ids[i] == first[0])
 
 
-def _packed(token_ids: Ids[int]) -> bytes:
-    ids = token_ids if isinstance(token_ids, array.array) else array.array("i", token_ids)
-    return ids.tobytes()
-
-
 def _noise(token_ids: Ids[int], seed: int, sampling: Sampling) -> Completion:
     sampled = (seed, sampling.temperature, sampling.top_p) if sampling.temperature else ()
-    digest = hashlib.blake2b(_packed(token_ids), digest_size=8, key=repr(sampled).encode()[:64])
+    digest = hashlib.blake2b(array.array("i", token_ids).tobytes(), digest_size=8, key=repr(sampled).encode()[:64])
     number = int.from_bytes(digest.digest())
     length = 1 + number % sampling.max_tokens
     stops = not sampling.ignore_eos and sampling.stop_token_ids and length < sampling.max_tokens
