@@ -36,7 +36,7 @@ QUIET_SECONDS = 30.0
 HOPELESS_SECONDS = 900.0
 
 EMBEDDED = {
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
