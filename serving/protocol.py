@@ -19,7 +19,9 @@ class Sampling:
     """How to decode, shared by every request of a micro-batch.
 
     ``stop`` strings end a completion by its text, as ``Request.until`` does; ``format`` and ``tokenizer`` are the names
-    with which ``load_format`` finds what reads its tokens, needed only then.
+    with which ``load_format`` finds what reads its tokens, needed only then. ``alternatives`` is how many likely
+    tokens are told beside each of the completion's and the prompt's, where their logprobs are. Penalties, ``top_k``,
+    ``min_p``, ``min_tokens`` and ``logit_bias`` are vLLM's ``SamplingParams``'.
     """
 
     max_tokens: int
@@ -32,6 +34,14 @@ class Sampling:
     stop: tuple[str, ...] = ()
     format: str = ""
     tokenizer: str = ""
+    alternatives: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
