@@ -8,7 +8,8 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,19 @@ from typing import Any
 from serving.config import EngineConfig
 from serving.cores import available_cores
 from serving.errors import ConfigError, EngineDeadError, EngineError
+from serving.merging import merged
 from serving.occupancy import Occupancy
-from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
+from serving.protocol import (
+    BATCH_PRIORITY,
+    Alternatives,
+    Completion,
+    EngineInfo,
+    EngineStats,
+    Growth,
+    Request,
+    Result,
+    Sampling,
+)
 from serving.stopping import StopWatch
 from serving.watching import clip, stop_watches
 
@@ -208,37 +220,61 @@ class VllmEngine:
         self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
     ) -> Result:
         """Answer one request, its samples side by side; what vLLM refuses comes back as the result's error."""
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
-        from vllm.v1.engine.exceptions import EngineGenerateError
-
-        token_ids = list(request.token_ids)
-        # Without a tokenizer vLLM checks no ids, and one beyond the embedding kills the engine.
-        if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
-            message = f"the prompt is empty or holds a token id outside 0 to {self._vocab_size - 1}"
-            return Result(request.key, error_code="bad_token_ids", error_message=message)
+        if refused := self._refused(request):
+            return refused
         watches = await stop_watches(request, sampling)
+        token_ids = list(request.token_ids)
         try:
-            outputs = await asyncio.gather(
-                *(
-                    self._sample(token_ids, sampling, seed, watch, priority, cache_salt)
-                    for seed, watch in zip(request.seeds, watches, strict=True)
+            with _translated(self._llm):
+                outputs = await asyncio.gather(
+                    *(
+                        self._sample(token_ids, sampling, seed, watch, priority, cache_salt)
+                        for seed, watch in zip(request.seeds, watches, strict=True)
+                    )
                 )
-            )
-        except VllmDeadError as error:
-            raise EngineDeadError(f"the vLLM engine died: {error}", remedy="Its replica is started again.") from error
-        except (VLLMClientError, EngineGenerateError, ValueError) as error:
-            if self._llm.errored:
-                raise EngineDeadError(
-                    f"the vLLM engine died: {error}", remedy="Its replica is started again."
-                ) from error
-            return Result(request.key, error_code="engine_error", error_message=str(error.__cause__ or error))
+        except EngineDeadError:
+            raise
+        except EngineError as error:
+            return Result(request.key, error_code=error.code, error_message=error.message)
+        prompt = outputs[0] if sampling.prompt_logprobs else None
         return Result(
             request.key,
-            tuple(clip(_completion(output), watch) for output, watch in zip(outputs, watches, strict=True)),
+            tuple(clip(_completion(o, sampling), watch) for o, watch in zip(outputs, watches, strict=True)),
             sum(output.num_cached_tokens or 0 for output in outputs),
-            _prompt_logprobs(outputs[0]) if sampling.prompt_logprobs else None,
+            _logprobs(prompt.prompt_logprobs[1:], prompt.prompt_token_ids[1:]) if prompt else None,
+            _alternatives(prompt.prompt_logprobs[1:], sampling) if prompt else None,
         )
+
+    async def stream(
+        self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
+    ) -> AsyncGenerator[Growth, None]:
+        """As ``generate``, a step at a time, without the prompt's logprobs. Closing it aborts what is left."""
+        if refused := self._refused(request):
+            yield _failed(refused.key, str(refused.error_code), str(refused.error_message))
+            return
+        watches = await stop_watches(request, sampling)
+        token_ids = list(request.token_ids)
+        samples = [
+            self._grow(request.key, sample, token_ids, sampling, seed, watch, priority, cache_salt)
+            for sample, (seed, watch) in enumerate(zip(request.seeds, watches, strict=True))
+        ]
+        try:
+            with _translated(self._llm):
+                async with aclosing(merged(samples)) as growths:
+                    async for growth in growths:
+                        yield growth
+        except EngineDeadError:
+            raise
+        except EngineError as error:
+            yield _failed(request.key, error.code, error.message)
+
+    def _refused(self, request: Request) -> Result | None:
+        # Without a tokenizer vLLM checks no ids, and one beyond the embedding kills the engine.
+        ids = request.token_ids
+        if ids and 0 <= min(ids) <= max(ids) < self._vocab_size:
+            return None
+        message = f"the prompt is empty or holds a token id outside 0 to {self._vocab_size - 1}"
+        return Result(request.key, error_code="bad_token_ids", error_message=message)
 
     async def _sample(
         self,
@@ -250,21 +286,45 @@ class VllmEngine:
         cache_salt: str | None,
     ) -> Any:
         """The last output of one sample; what is left of it is aborted once its watch needs no more."""
+        final = None
+        params = _sampling_params(sampling, seed, kind="FINAL_ONLY" if watch is None else "CUMULATIVE")
+        async with aclosing(self._outputs(token_ids, params, priority, cache_salt)) as outputs:
+            async for output in outputs:
+                final = output
+                if watch is not None and _is_enough(output, watch):
+                    break
+        return final
+
+    async def _grow(
+        self,
+        key: int,
+        sample: int,
+        token_ids: list[int],
+        sampling: Sampling,
+        seed: int,
+        watch: StopWatch | None,
+        priority: int,
+        cache_salt: str | None,
+    ) -> AsyncGenerator[Growth, None]:
+        """One sample, a step at a time."""
+        params = _sampling_params(sampling, seed, kind="DELTA")
+        async with aclosing(self._outputs(token_ids, params, priority, cache_salt)) as outputs:
+            async for output in outputs:
+                growth = _growth(key, sample, output, sampling, watch)
+                yield growth
+                if growth.finish_reason:
+                    break
+
+    async def _outputs(
+        self, token_ids: list[int], params: Any, priority: int, cache_salt: str | None
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs of one sample; closing it early aborts the request."""
         from vllm.inputs import tokens_input
 
-        outputs = self._llm.generate(
-            tokens_input(token_ids, cache_salt=cache_salt),
-            _sampling_params(sampling, seed, watched=watch is not None),
-            str(next(self._ids)),
-            priority=priority,
-        )
-        final = None
-        async for output in outputs:
-            final = output
-            if watch is not None and _is_enough(output, watch):
-                await outputs.aclose()  # Which aborts the request.
-                break
-        return final
+        prompt = tokens_input(token_ids, cache_salt=cache_salt)
+        async with aclosing(self._llm.generate(prompt, params, str(next(self._ids)), priority=priority)) as outputs:
+            async for output in outputs:
+                yield output
 
     def stats(self) -> EngineStats:
         """The reading after the latest engine step."""
@@ -321,41 +381,93 @@ def _is_enough(output: Any, watch: StopWatch) -> bool:
     return watch.add(sample.token_ids[watch.seen : stop]) is not None
 
 
-def _sampling_params(sampling: Sampling, seed: int, *, watched: bool) -> Any:
+def _sampling_params(sampling: Sampling, seed: int, *, kind: str) -> Any:
+    """vLLM's parameters of one sample; ``kind`` names how its outputs come (``RequestOutputKind``)."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias) or None,
         seed=seed,
         stop_token_ids=list(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
-        logprobs=0 if sampling.logprobs else None,
-        prompt_logprobs=0 if sampling.prompt_logprobs else None,
+        logprobs=sampling.alternatives if sampling.logprobs else None,
+        prompt_logprobs=sampling.alternatives if sampling.prompt_logprobs else None,
         detokenize=False,
-        output_kind=RequestOutputKind.CUMULATIVE if watched else RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind[kind],
         skip_clone=True,
     )
 
 
-def _completion(output: Any) -> Completion:
+@contextmanager
+def _translated(llm: Any) -> Iterator[None]:
+    """Raise what vLLM raises as ``EngineDeadError`` where the engine is gone, else as ``EngineError``."""
+    from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    try:
+        yield
+    except (VllmDeadError, VLLMClientError, EngineGenerateError, ValueError) as error:
+        if llm.errored or isinstance(error, VllmDeadError):
+            raise EngineDeadError(f"the vLLM engine died: {error}", remedy="Its replica is started again.") from error
+        raise EngineError(str(error.__cause__ or error)) from error
+
+
+def _failed(key: int, code: str, message: str) -> Growth:
+    return Growth(key, 0, [], finish_reason="error", error_code=code, error_message=message)
+
+
+def _completion(output: Any, sampling: Sampling) -> Completion:
     sample = output.outputs[0]
     token_ids = list(sample.token_ids)
-    logprobs = (
-        [step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)]
-        if sample.logprobs
-        else None
-    )
+    logprobs = _logprobs(sample.logprobs, token_ids) if sampling.logprobs else None
+    alternatives = _alternatives(sample.logprobs, sampling) if sampling.logprobs else None
     if sample.finish_reason != "stop":
-        return Completion(token_ids, "length", None, logprobs)
-    return Completion(token_ids[:-1], "stop", token_ids[-1], logprobs)
+        return Completion(token_ids, "length", None, logprobs, alternatives)
+    return Completion(token_ids[:-1], "stop", token_ids[-1], logprobs, alternatives)
 
 
-def _prompt_logprobs(output: Any) -> list[float]:
-    steps = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
-    return [step[token].logprob for step, token in steps]
+def _growth(key: int, sample: int, output: Any, sampling: Sampling, watch: StopWatch | None) -> Growth:
+    """One of vLLM's deltas, cut where the watch needs no more of it."""
+    seen = watch.seen if watch else 0
+    completion = _completion(output, sampling)
+    if watch is not None and watch.add(completion.token_ids) is not None:
+        completion = clip(completion, watch, seen)
+    elif output.outputs[0].finish_reason is None:
+        return Growth(key, sample, completion.token_ids, completion.logprobs, completion.alternatives)
+    return Growth(
+        key,
+        sample,
+        completion.token_ids,
+        completion.logprobs,
+        completion.alternatives,
+        completion.finish_reason,
+        completion.stop_token_id,
+        output.num_cached_tokens or 0,
+    )
+
+
+def _logprobs(steps: Sequence[Mapping[int, Any]], token_ids: Sequence[int]) -> list[float]:
+    return [step[token].logprob for step, token in zip(steps, token_ids, strict=True)]
+
+
+def _alternatives(steps: Sequence[Mapping[int, Any]], sampling: Sampling) -> list[Alternatives] | None:
+    """The likeliest tokens of each step; vLLM adds the one that was taken where it is none of them."""
+    most = sampling.alternatives
+    if not most:
+        return None
+    ranked = (sorted(step.items(), key=lambda item: item[1].rank)[:most] for step in steps)
+    return [tuple((token, found.logprob) for token, found in step if found.rank <= most) for step in ranked]
 
 
 class _Counters:

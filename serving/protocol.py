@@ -3,9 +3,9 @@
 Token ids cross, text never does. Everything here is a frozen dataclass with slots, cheap to pickle by the thousand.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 BATCH_PRIORITY = 100
 """vLLM scheduling priority of batch rows; lower runs first."""
@@ -75,6 +75,10 @@ class MicroBatch:
     lane: int | None = None
 
 
+Alternatives: TypeAlias = tuple[tuple[int, float], ...]
+"""Token ids that were likely at one place with their natural logarithms, the likeliest first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sample: its token ids without the stop token, which is ``stop_token_id``.
@@ -86,6 +90,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     stop_token_id: int | None = None
     logprobs: list[float] | None = None
+    alternatives: list[Alternatives] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +98,14 @@ class Result:
     """The answer to one request: its completions in the order of the seeds, or an error in the engine's words.
 
     ``cached_tokens`` counts prompt tokens found in the prefix cache, summed over the samples. ``prompt_logprobs`` holds
-    one natural logarithm a prompt token from the second on.
+    one natural logarithm a prompt token from the second on, ``prompt_alternatives`` what else was likely there.
     """
 
     key: int
     completions: tuple[Completion, ...] = ()
     cached_tokens: int = 0
     prompt_logprobs: list[float] | None = None
+    prompt_alternatives: list[Alternatives] | None = None
     error_code: str | None = None
     error_message: str | None = None
 
@@ -111,6 +117,26 @@ class MicroBatchResult:
     replica: str
     results: tuple[Result, ...]
     waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What a sample of a request grew by; ids and logprobs are as in ``Completion``, together they are one.
+
+    ``key`` is the request's and ``sample`` counts its seeds. The last one of a sample has a ``finish_reason`` and tells
+    the ``cached_tokens``. A request that the engine refuses has one alone, with the error in the engine's words.
+    """
+
+    key: int
+    sample: int
+    token_ids: list[int]
+    logprobs: list[float] | None = None
+    alternatives: list[Alternatives] | None = None
+    finish_reason: Literal["stop", "length", "error"] | None = None
+    stop_token_id: int | None = None
+    cached_tokens: int = 0
+    error_code: str | None = None
+    error_message: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +186,11 @@ class Engine(Protocol):
         self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
     ) -> Result:
         """Answer one request; raises ``EngineDeadError`` when the engine is gone. Cancelling it frees its slot."""
+
+    def stream(
+        self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
+    ) -> AsyncGenerator[Growth, None]:
+        """As ``generate``, a step at a time, without the prompt's logprobs. Closing it frees its slots."""
 
     def stats(self) -> EngineStats:
         """The latest reading."""

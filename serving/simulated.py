@@ -15,18 +15,32 @@ import random
 import signal
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from collections.abc import Sequence as Ids
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from serving.config import EngineConfig, RooflineConfig
 from serving.engine import installed_version
 from serving.errors import EngineDeadError
+from serving.merging import merged
 from serving.occupancy import Occupancy
-from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
+from serving.protocol import (
+    BATCH_PRIORITY,
+    Alternatives,
+    Completion,
+    EngineInfo,
+    EngineStats,
+    Growth,
+    Request,
+    Result,
+    Sampling,
+)
 from serving.roofline import step_seconds
 from serving.watching import clip, stop_watches
 
+NO_MORE = -1
 NOISE = random.Random(0).choices(range(1_000, 21_000), k=1 << 16)
 """Ids that are ordinary text in every tokenizer that the known formats use; answers are slices of it."""
 
@@ -67,22 +81,81 @@ class SimulatedEngine:
     ) -> Result:
         """Noise that depends on the prompt, the seed and the sampling alone."""
         await self._suffer(request)
-        if len(request.token_ids) >= self._info.max_model_len:
-            message = f"the prompt of {len(request.token_ids)} tokens leaves no room in {self._info.max_model_len}"
+        if message := self._refusal(request):
             return Result(request.key, error_code="engine_error", error_message=message)
+        completions = await self._completions(request, sampling)
+        cached = 0
+        if not self._instant:
+            cached = sum(await asyncio.gather(*(self._timed(request, c, priority, cache_salt) for c in completions)))
+        self._count(completions)
+        prompt = len(request.token_ids) - 1 if sampling.prompt_logprobs else None
+        return Result(
+            request.key,
+            completions,
+            cached,
+            None if prompt is None else [-1.0] * prompt,
+            None if prompt is None else _alternatives(prompt, sampling),
+        )
+
+    async def stream(
+        self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
+    ) -> AsyncGenerator[Growth, None]:
+        """The same noise, a token a step."""
+        await self._suffer(request)
+        if message := self._refusal(request):
+            yield Growth(request.key, 0, [], finish_reason="error", error_code="engine_error", error_message=message)
+            return
+        completions = await self._completions(request, sampling)
+        samples = [
+            self._grow(request, sample, completion, priority, cache_salt)
+            for sample, completion in enumerate(completions)
+        ]
+        async with aclosing(merged(samples)) as growths:
+            async for growth in growths:
+                yield growth
+        self._count(completions)
+
+    def _refusal(self, request: Request) -> str | None:
+        if len(request.token_ids) < self._info.max_model_len:
+            return None
+        return f"the prompt of {len(request.token_ids)} tokens leaves no room in {self._info.max_model_len}"
+
+    async def _completions(self, request: Request, sampling: Sampling) -> tuple[Completion, ...]:
         watches = await stop_watches(request, sampling)
         made = [_noise(request.token_ids, seed, sampling) for seed in request.seeds]
         for completion, watch in zip(made, watches, strict=True):
             if watch is not None:
                 watch.add(completion.token_ids)
-        completions = tuple(clip(completion, watch) for completion, watch in zip(made, watches, strict=True))
-        cached = 0
-        if not self._instant:
-            cached = sum(await asyncio.gather(*(self._timed(request, c, priority, cache_salt) for c in completions)))
+        return tuple(clip(completion, watch) for completion, watch in zip(made, watches, strict=True))
+
+    def _count(self, completions: tuple[Completion, ...]) -> None:
         self._output_tokens += sum(len(c.token_ids) for c in completions)
         self._steps += self._instant
-        logprobs = [-1.0] * (len(request.token_ids) - 1) if sampling.prompt_logprobs else None
-        return Result(request.key, completions, cached, logprobs)
+
+    async def _grow(
+        self, request: Request, sample: int, completion: Completion, priority: int, cache_salt: str | None
+    ) -> AsyncGenerator[Growth, None]:
+        """One sample, a token a step; of an instant engine all at once."""
+        told = cached = 0
+        if not self._instant:
+            steps: asyncio.Queue[int] = asyncio.Queue()
+            timed = asyncio.ensure_future(self._timed(request, completion, priority, cache_salt, steps))
+            timed.add_done_callback(lambda _: steps.put_nowait(NO_MORE))
+            try:
+                while (made := await steps.get()) != NO_MORE:
+                    yield Growth(request.key, sample, **_between(completion, told, made))
+                    told = made
+                cached = await timed
+            finally:
+                timed.cancel()
+        yield Growth(
+            request.key,
+            sample,
+            **_between(completion, told, len(completion.token_ids)),
+            finish_reason=completion.finish_reason,
+            stop_token_id=completion.stop_token_id,
+            cached_tokens=cached,
+        )
 
     async def _suffer(self, request: Request) -> None:
         """The faults that this engine was told to have when a prompt holds certain tokens."""
@@ -105,9 +178,18 @@ class SimulatedEngine:
             if not sequence.done.done():
                 sequence.done.set_exception(EngineDeadError(error.message))
 
-    async def _timed(self, request: Request, completion: Completion, priority: int, cache_salt: str | None) -> int:
+    async def _timed(
+        self,
+        request: Request,
+        completion: Completion,
+        priority: int,
+        cache_salt: str | None,
+        made: "asyncio.Queue[int] | None" = None,
+    ) -> int:
+        """Wait until the clock says that it is done; ``made`` is told the tokens of each step but the last."""
         steps = len(completion.token_ids) + (completion.stop_token_id is not None)
-        sequence = Sequence(request.token_ids, max(1, steps), cache_salt, asyncio.get_running_loop().create_future())
+        done = asyncio.get_running_loop().create_future()
+        sequence = Sequence(request.token_ids, max(1, steps), cache_salt, done, told=made)
         self._scheduler.add(sequence, priority)
         if self._task is None:
             self._task = asyncio.create_task(self._run())
@@ -174,6 +256,7 @@ class Sequence:
     computed: int = 0
     made: int = 0
     cancelled: bool = False
+    told: "asyncio.Queue[int] | None" = None
     blocks: list[int] = field(default_factory=list)
 
     @property
@@ -230,7 +313,10 @@ class Scheduler:
             sequence.made, sequence.left = 1, sequence.left - 1
 
     def finish_step(self) -> None:
-        """Answer the sequences that the step completed."""
+        """Answer the sequences that the step completed, and tell those that want to know how far they are."""
+        for sequence in self.running:
+            if sequence.told is not None and sequence.made and sequence.left > 0:
+                sequence.told.put_nowait(sequence.made)
         for sequence in [s for s in self.running if s.left <= 0]:
             self._release(sequence)
             if not sequence.done.done():
@@ -290,6 +376,21 @@ def _holds(token_ids: Ids[int], wanted: Ids[int]) -> bool:
     return any(ids[i : i + count] == first for i in range(len(ids) - count + 1) if ids[i] == first[0])
 
 
+def _between(completion: Completion, start: int, stop: int) -> dict[str, Any]:
+    """What a part of a completion is made of."""
+    return {
+        "token_ids": completion.token_ids[start:stop],
+        "logprobs": completion.logprobs and completion.logprobs[start:stop],
+        "alternatives": completion.alternatives and completion.alternatives[start:stop],
+    }
+
+
+def _alternatives(places: int, sampling: Sampling) -> list[Alternatives] | None:
+    """As many likely tokens a place as are wanted: noise, too."""
+    likely = tuple((token, -1.0 - rank) for rank, token in enumerate(NOISE[: sampling.alternatives]))
+    return [likely] * places if likely else None
+
+
 def _noise(token_ids: Ids[int], seed: int, sampling: Sampling) -> Completion:
     sampled = (seed, sampling.temperature, sampling.top_p) if sampling.temperature else ()
     digest = hashlib.blake2b(array.array("i", token_ids).tobytes(), digest_size=8, key=repr(sampled).encode()[:64])
@@ -303,7 +404,8 @@ def _noise(token_ids: Ids[int], seed: int, sampling: Sampling) -> Completion:
         if start + count > len(NOISE)
         else NOISE[start : start + count]
     )
-    logprobs = [-1.0] * (len(ids) + bool(stops)) if sampling.logprobs else None
+    places = len(ids) + bool(stops)
+    logprobs, likely = ([-1.0] * places, _alternatives(places, sampling)) if sampling.logprobs else (None, None)
     if stops:
-        return Completion(ids, "stop", sampling.stop_token_ids[0], logprobs)
-    return Completion(ids, "length", None, logprobs)
+        return Completion(ids, "stop", sampling.stop_token_ids[0], logprobs, likely)
+    return Completion(ids, "length", None, logprobs, likely)
