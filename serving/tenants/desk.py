@@ -1,7 +1,7 @@
 """The desk where gateways have their requests admitted: one Ray actor an application, and the gateways' way to it.
 
-The actor ends with the gateway that made it; whichever needs it next makes it again. A new one grants nothing before a
-gateway has reported to it, and learns from the reports what runs; what it had counted of the last minute is lost.
+The actor ends with the gateway that made it; whichever needs it next makes it again. A new one admits nobody before all
+gateways have reported to it what runs; what its predecessor had counted of the last minute is lost.
 """
 
 import asyncio
@@ -25,6 +25,9 @@ BEAT_SECONDS = 2.0
 REPORT_SECONDS = 0.25
 """Output tokens are told so often at most; the end of a request is told at once, when it makes room for others."""
 
+SETTLE_SECONDS = BEAT_SECONDS + 0.5
+"""A new actor admits nobody for so long: gateways that outlived the one before it have reported by then."""
+
 TICK_SECONDS = 0.25
 PAUSE_SECONDS = 0.2
 """Before an actor that does not answer is asked again."""
@@ -45,10 +48,12 @@ class Clerk:
     def __init__(self, bounds: Bounds) -> None:
         self._admission = Admission(Capacity(0, 0), bounds=bounds)
         self._waiters: dict[Place, asyncio.Future[Ticket | SpanfillError]] = {}
+        self._settled = asyncio.Event()
         self._ticks = asyncio.get_event_loop().create_task(self._tick())
 
     async def admit(self, place: Place, demand: Demand) -> Ticket | SpanfillError:
         """The ticket once it is granted, or why it is not; may be asked again for the same place."""
+        await self._settled.wait()
         try:
             ticket = self._admission.ask(demand, place)
         except (LimitError, UsageError) as refusal:
@@ -69,8 +74,7 @@ class Clerk:
         for number, used in report.left.items():
             self._admission.leave(Place(gateway, number), used)
         unknown = self._admission.beat(gateway, report.running | report.waiting, report.issued) & report.running
-        if not unknown:  # Else others would be granted the room of what runs and is about to be told again.
-            self._turn()
+        self._turn()
         return Reply(self._admission.serving, unknown)
 
     async def standing(self, caller: Caller) -> Standing:
@@ -78,6 +82,8 @@ class Clerk:
         return self._admission.standing(caller)
 
     async def _tick(self) -> None:
+        await asyncio.sleep(SETTLE_SECONDS)
+        self._settled.set()
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self._turn()
@@ -91,9 +97,8 @@ class Clerk:
 
 def find_clerk(app: str, bounds: Bounds) -> Any:
     """The application's actor, made if there is none; raises ``ValueError`` when another gateway is making it."""
-    options = {"name": f"{app}-desk", "namespace": NAMESPACE, "get_if_exists": True, "num_cpus": 0}
-    options |= {"max_restarts": -1, "max_concurrency": bounds.total + SPARE_CALLS}
-    return ray.remote(Clerk).options(**options).remote(bounds)
+    options = {"name": f"{app}-desk", "namespace": NAMESPACE, "get_if_exists": True, "num_cpus": 0, "max_restarts": -1}
+    return ray.remote(Clerk).options(**options, max_concurrency=bounds.total + SPARE_CALLS).remote(bounds)
 
 
 class Desk:
