@@ -312,7 +312,7 @@ class Format:
         if start == 0:
             return 0, len(text)
         for place in range(start, len(ids)):
-            kept = self._text(ids[place:])
+            kept = self.decode(ids[place:])
             if text.endswith(kept):
                 return place, len(kept)
         return len(ids), 0
@@ -322,7 +322,7 @@ class Format:
         if stop == len(ids):
             return stop, len(text)
         for place in range(stop, 0, -1):
-            kept = self._text(ids[:place])
+            kept = self.decode(ids[:place])
             if text.startswith(kept):
                 return place, len(kept)
         return 0, 0
@@ -338,7 +338,8 @@ class Format:
                 ids += before if item is P else after
         return ids
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a completion's ids, control tokens left out; broken UTF-8 becomes U+FFFD."""
         if not self._marker:
             return self.tokenizer.decode(ids)
         return self.tokenizer.decode([*self._marker, *ids]).removeprefix(MARKER)
@@ -351,7 +352,7 @@ class Format:
 
     def watch(self, stop: Sequence[str], until: str | None = None) -> StopWatch:
         """What tells, a token at a time, from where on ``infill`` would cut everything."""
-        return StopWatch(self._text, self.tokenizer.special_ids, stop, until)
+        return StopWatch(self.decode, self.tokenizer.special_ids, stop, until)
 
     def infill(
         self,
@@ -367,7 +368,7 @@ class Format:
         """
         special = self.tokenizer.special_ids
         at = next((i for i, token_id in enumerate(token_ids) if token_id in special), None)
-        text = self._text(token_ids if at is None else token_ids[:at])
+        text = self.decode(token_ids if at is None else token_ids[:at])
         reason = self.finish_reason(stop_token_id if at is None else token_ids[at])
         cut = find_cut(text, stop, until)
         return Infill(text[: cut.at], cut.reason) if cut else Infill(text, reason)
