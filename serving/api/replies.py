@@ -6,7 +6,6 @@ OpenAI's shape is everybody's but llama.cpp's and Ollama's, whose clients look f
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -41,18 +40,15 @@ WAITS = {
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 LLAMACPP_TYPES = {404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
 
-REMEDIES = {
+HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+HTTP_REMEDIES = {
     400: "Send one JSON object in UTF-8.",
     404: "GET /openapi.json lists the paths.",
     405: "Use a method that the Allow header names.",
     413: "Send less at a time.",
 }
-FIELD_REMEDIES = {
-    "json_invalid": "Send one JSON object in UTF-8.",
-    "missing": "Send it.",
-    "model_attributes_type": "Send a JSON object, with the header Content-Type: application/json.",
-}
 FIELD_REMEDY = "Correct it, or leave it out where it is optional."
+BODY_REMEDY = "Send a JSON object, with the header Content-Type: application/json."
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +104,7 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, RequestValidationError):
         return _wrong_fields(error.errors())
     if isinstance(error, HTTPException):
-        remedy = REMEDIES.get(error.status_code, "")
-        message = f"{str(error.detail).rstrip('.')}. {remedy}".strip()
-        return Problem(
-            error.status_code, message, HTTPStatus(error.status_code).name.lower(), headers=error.headers or {}
-        )
+        return _refused(error)
     return Problem(500, "The server failed unexpectedly. Try again; its log tells more.", "internal")
 
 
@@ -123,14 +115,21 @@ def _headers(error: SpanfillError) -> dict[str, str]:
     return {"WWW-Authenticate": "Bearer"} if isinstance(error, AuthenticationError) else {}
 
 
+def _refused(error: HTTPException) -> Problem:
+    message = f"{error.detail.rstrip('.')}. {HTTP_REMEDIES.get(error.status_code, '')}".strip()
+    code = HTTP_CODES.get(error.status_code, "refused")
+    return Problem(error.status_code, message, code, headers=error.headers or {})
+
+
 def _wrong_fields(errors: Sequence[Mapping[str, Any]]) -> Problem:
     first = errors[0]
-    remedy = FIELD_REMEDIES.get(first["type"], FIELD_REMEDY)
     if first["type"] == "json_invalid":
-        message = f"The body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}. {remedy}"
-        return Problem(400, message, "bad_json")
+        place = f"{first['ctx']['error']} at character {first['loc'][-1]}"
+        return Problem(400, f"The body is not JSON: {place}. {HTTP_REMEDIES[400]}", "bad_json")
+    path = _path(first["loc"])
     sentences = [f"{_path(error['loc']) or 'body'}: {_decapitalised(error['msg'])}." for error in errors[:MOST_TOLD]]
-    return Problem(400, " ".join([*sentences, remedy]), "bad_field", _path(first["loc"]) or None)
+    remedy = "Send it." if first["type"] == "missing" else FIELD_REMEDY if path else BODY_REMEDY
+    return Problem(400, " ".join([*sentences, remedy]), "bad_field", path or None)
 
 
 def _path(place: Sequence[str | int]) -> str:
