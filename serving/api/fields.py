@@ -13,7 +13,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -76,7 +75,7 @@ Repetition = Annotated[Number, Field(gt=0, le=10)]
 
 StopWord = Annotated[str, Field(max_length=MOST_STOP_CHARS), AfterValidator(_whole)]
 Stop = Annotated[
-    StopWord | Annotated[list[StopWord], Field(max_length=MOST_STOPS), FailFast()],
+    StopWord | Annotated[list[StopWord], Field(max_length=MOST_STOPS, fail_fast=True)],
     said(f"a string, or a list of at most {MOST_STOPS}, of at most {MOST_STOP_CHARS} characters each"),
 ]
 

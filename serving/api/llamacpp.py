@@ -9,7 +9,7 @@ line of compact JSON, because the Vim plug-in looks for ``"content":"``.
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from serving.api.ask import Answer, Ask, Choice, Decoding, End, Piece, Reason, ServedModel, Service
 from serving.api.bodies import JsonRoute
@@ -66,14 +66,14 @@ class InfillRequest(Sampled):
     model: Name | None = None
     input_prefix: Text
     input_suffix: Text
-    input_extra: Annotated[list[ExtraText], Field(max_length=MOST_EXTRA), FailFast()] | None = None
+    input_extra: Annotated[list[ExtraText], Field(max_length=MOST_EXTRA, fail_fast=True)] | None = None
     prompt: Text | None = None
     n_predict: Integer | None = None
     n_indent: Integer | None = None
     t_max_predict_ms: Number | None = None
     repetition_penalty: Repetition | None = Field(None, alias="repeat_penalty")
     stream: Flag | None = None
-    response_fields: Annotated[list[Name], Field(max_length=MOST_RESPONSE_FIELDS), FailFast()] | None = None
+    response_fields: Annotated[list[Name], Field(max_length=MOST_RESPONSE_FIELDS, fail_fast=True)] | None = None
 
 
 def ask_of(sent: InfillRequest, model: ServedModel) -> Ask:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from serving.api.ask import Answer, Ask, Choice, Decoding, End, Piece, Reason, Service
@@ -45,12 +45,12 @@ MAX_TOKENS = 16
 DEFAULT = Decoding(temperature=1.0)
 
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_TOKENS), FailFast()]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
 Prompts = Annotated[
     Text
-    | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS), FailFast()]
+    | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     | TokenIds
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS), FailFast()],
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)],
     said(f"a string, a list of token ids, or a list of 1 to {MOST_PROMPTS} of either"),
 ]
 Samples = Annotated[int, Field(strict=True, ge=1, le=MOST_SAMPLES), INTEGRAL]

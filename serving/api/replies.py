@@ -116,7 +116,7 @@ def _headers(error: SpanfillError) -> dict[str, str]:
 
 
 def _refused(error: HTTPException) -> Problem:
-    message = f"{error.detail.rstrip('.')}. {HTTP_REMEDIES.get(error.status_code, '')}".strip()
+    message = f"{str(error.detail).rstrip('.')}. {HTTP_REMEDIES.get(error.status_code, '')}".strip()
     code = HTTP_CODES.get(error.status_code, "refused")
     return Problem(error.status_code, message, code, headers=error.headers or {})
 
@@ -143,21 +143,20 @@ def _decapitalised(text: str) -> str:
 
 
 def openai_error(problem: Problem) -> dict[str, Any]:
-    """``{"error": {message, type, param, code}}``."""
-    detail = ErrorDetail(message=problem.message, type=_type(problem.status), param=problem.param, code=problem.code)
-    return ErrorReply(error=detail).model_dump()
+    """An ``ErrorReply``."""
+    detail = {"message": problem.message, "type": _type(problem.status), "param": problem.param, "code": problem.code}
+    return {"error": detail}
 
 
 def llamacpp_error(problem: Problem) -> dict[str, Any]:
-    """``{"error": {code, message, type}}``."""
+    """A ``LlamaCppErrorReply``."""
     kind = LLAMACPP_TYPES.get(problem.status) or _type(problem.status)
-    detail = LlamaCppErrorDetail(code=problem.status, message=problem.message, type=kind)
-    return LlamaCppErrorReply(error=detail).model_dump()
+    return {"error": {"code": problem.status, "message": problem.message, "type": kind}}
 
 
 def ollama_error(problem: Problem) -> dict[str, Any]:
-    """``{"error": "text"}``."""
-    return OllamaErrorReply(error=problem.message).model_dump()
+    """An ``OllamaErrorReply``."""
+    return {"error": problem.message}
 
 
 def _type(status: int) -> str:
