@@ -5,25 +5,23 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from typing import Protocol
 
 from serving.api.ask import Answer, Ask, Choice, End, Piece, ServedModel, Timing, Usage
+from serving.api.calls import Call, answers
+from serving.api.edge import noted
+from serving.api.metrics import Metrics
 from serving.api.prompts import Rendered, render, request_of, sampling_of, visible
 from serving.api.writing import Writing, prompt_tokens
-from serving.errors import EngineDeadError, EngineError, ModelNotFoundError, OverloadedError, SpanfillError
+from serving.errors import EngineError, LimitError, ModelNotFoundError
 from serving.formats import Format
-from serving.protocol import INTERACTIVE_PRIORITY, Growth, MicroBatch, Result
+from serving.protocol import INTERACTIVE_PRIORITY, Growth, MicroBatch, MicroBatchResult, Result
 from serving.tenants.caller import Caller
+from serving.tenants.limits import Standing
 from serving.tenants.tickets import Demand, Ticket, Used
 
 PATIENCE_SECONDS = 30.0
 """How long a request waits for its turn."""
-
-Stream = Callable[[MicroBatch], AsyncIterator[list[Growth]]]
-Whole = Callable[[MicroBatch], AsyncIterator[Any]]
 
 
 class Desk(Protocol):
@@ -31,6 +29,9 @@ class Desk(Protocol):
 
     async def admit(self, demand: Demand) -> Ticket:
         """Wait until the request may run."""
+
+    async def standing(self, caller: Caller) -> Standing:
+        """What the caller may ask for now."""
 
     def charge(self, ticket: Ticket, output_tokens: int) -> None:
         """So many output tokens are made by now."""
@@ -50,8 +51,8 @@ class Engines:
     model: ServedModel
     fmt: Format
     tokenizer: str
-    whole: Whole
-    stream: Stream
+    whole: Call[MicroBatchResult]
+    stream: Call[list[Growth]]
 
 
 @dataclass
@@ -84,10 +85,11 @@ class _Served:
 class FleetService:
     """Answers what the dialects ask."""
 
-    def __init__(self, engines: Engines, desk: Desk, meter: Meter) -> None:
+    def __init__(self, engines: Engines, desk: Desk, meter: Meter, metrics: Metrics) -> None:
         self._engines = engines
         self._desk = desk
         self._meter = meter
+        self._metrics = metrics
 
     @property
     def models(self) -> Sequence[ServedModel]:
@@ -110,7 +112,7 @@ class FleetService:
         rendered = await self._render(asks)
         async with self._served(rendered, caller, model) as served:
             results: dict[int, Result] = {}
-            async for came in self._called(self._engines.whole(self._batch(served, caller))):
+            async for came in answers(self._engines.whole, self._batch(served, caller)):
                 served.first = served.first or time.monotonic()
                 for result in came.results:
                     _check(result.error_code, result.error_message)
@@ -195,7 +197,7 @@ class FleetService:
                     yield Piece(len(writings), echo)
                 writings[key, sample] = writing
         batch = self._batch(served, served.caller)
-        async with aclosing(self._called(self._engines.stream(batch))) as bunches:
+        async with aclosing(answers(self._engines.stream, batch)) as bunches:
             async for growths in bunches:
                 served.first = served.first or time.monotonic()
                 for growth in growths:
@@ -256,31 +258,34 @@ class FleetService:
             sum(r.ask.n for r in rendered),
             PATIENCE_SECONDS,
         )
-        started = time.monotonic()
-        ticket = await self._desk.admit(demand)
-        served = _Served(rendered, caller, ticket, started)
+        ticket = await self._admit(demand)
+        served = _Served(rendered, caller, ticket, time.monotonic())
         try:
             yield served
         finally:
             usage = served.usage
             self._desk.leave(ticket, Used(usage.prompt_tokens, usage.completion_tokens))
             self._meter(caller, model, usage)
+            self._metrics.used(usage)
+            if served.first is not None:
+                self._metrics.began(served.first - served.started)
 
-    async def _called(self, answers: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-        """A call's answers; closing it early ends the call, which frees the engine's slots."""
+    async def _admit(self, demand: Demand) -> Ticket:
+        """Wait for the ticket; how the caller then stands goes into the answer's headers."""
+        asked = time.monotonic()
         try:
-            async for answer in answers:
-                yield answer
-        except RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, SpanfillError) else None
-            raise cause or EngineError("the replica failed.", remedy="Its log says why.") from error
-        except RayActorError as error:
-            raise EngineDeadError("the replica was lost.", remedy="Ask again: another answers.") from error
-        except RayServeException as error:
-            raise OverloadedError("no replica is ready.", remedy="Ask again in a few seconds.") from error
-        finally:
-            if (cancel := getattr(answers, "cancel", None)) is not None:
-                cancel()
+            ticket = await self._desk.admit(demand)
+        except LimitError:
+            _note(await self._desk.standing(demand.caller))
+            raise
+        _note(ticket.standing)
+        self._metrics.waited(time.monotonic() - asked)
+        return ticket
+
+
+def _note(standing: Standing) -> None:
+    if (about := noted.get()) is not None:
+        about.headers |= standing.headers()
 
 
 def _check(code: str | None, message: str | None) -> None:
