@@ -1,6 +1,7 @@
 """The database's schema is brought up to date when it is opened, by one process at a time."""
 
 import fcntl
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,9 +48,12 @@ def _alone(address: URL) -> Iterator[None]:
         yield
         return
     file = embedded_file(address)
-    with file.with_name(f"{file.name}.lock").open("a") as lock:
+    lock = os.open(file.with_name(f"{file.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def _write_ahead(engine: Engine) -> None:
