@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
+from alembic.runtime.migration import MigrationContext
 
 from serving.errors import ConfigError, DatabaseAwayError, VersionError
 from serving.tenants.database import database_address, fingerprint, open_engine, refuse_embedded
