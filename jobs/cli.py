@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from jobs import tenants_cli
 from serving.errors import ConfigError, SpanfillError
 
 app = typer.Typer(
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure spanfill on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(tenants_cli.tenants, name="tenants")
+app.add_typer(tenants_cli.keys, name="keys")
 
 EXIT_DAMAGED = 1
 EXIT_ERROR_ROWS = 3

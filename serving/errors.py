@@ -190,6 +190,14 @@ class StorageError(SpanfillError):
     code = "storage_failed"
 
 
+class DatabaseAwayError(StorageError):
+    """The database of tenants does not answer, or is locked for too long; the same may work a little later."""
+
+    code = "database_away"
+    http_status = 503
+    retryable = True
+
+
 class InputChangedError(SpanfillError):
     """An input file changed or vanished while the job ran; what was published stays."""
 
