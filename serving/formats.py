@@ -126,7 +126,8 @@ FORMATS: dict[str, FormatSpec] = {
 class Prompt:
     """A prompt ready for the engine, and how many characters of each text it really holds.
 
-    ``token_ids`` is a list from ``Format.prompt`` and a 32-bit array from ``prompt_batch``, which pickles faster.
+    ``token_ids`` is a list from ``Format.prompt`` and a 32-bit array from ``prompt_batch``, which pickles faster. The
+    last ``scored`` of them are no prompt but a text whose likelihood is asked for.
     """
 
     token_ids: Sequence[int]
@@ -134,6 +135,7 @@ class Prompt:
     truncated: bool
     prefix_chars: int
     suffix_chars: int
+    scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,11 @@ class Format:
         return [item.value for item in self.spec.layout if isinstance(item, Part)]
 
     @property
+    def end_token_id(self) -> int:
+        """The model's own end of an infill."""
+        return self.stop_token_ids[0]
+
+    @property
     def control_count(self) -> int:
         """Control tokens of an infill prompt."""
         return len(self._head) + len(self.spec.control_tokens)
@@ -287,6 +294,12 @@ class Format:
             room = len(before) + len(after) if max_context is None else room_for_text(max_context, max_tokens, used)
             prompts.append(self._build(prefix, suffix, before, after, room, prefix_align, suffix_share))
         return prompts
+
+    def completions(self, texts: Sequence[str]) -> "list[Ids | SpanfillError]":
+        """The ids of each text as a completion has them, behind a prompt; a text's ``InputError`` in its place."""
+        mark = MARKER if self.spec.sentencepiece else ""
+        encoded = self.tokenizer.encode_arrays([mark + text for text in texts])
+        return [ids if isinstance(ids, SpanfillError) else ids[len(self._marker) :] for ids in encoded]
 
     def _build(
         self,
