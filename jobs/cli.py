@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from jobs import tenants_cli
+from jobs import score_cli, serve_cli, tenants_cli
 from jobs.options import (
     EXIT_ERROR_ROWS,
     FormatName,
@@ -25,7 +25,6 @@ from jobs.options import (
     scalars_of,
     tell_errors,
 )
-from jobs.score_cli import EXAMPLE, score
 from serving.errors import SpanfillError
 
 app = typer.Typer(
@@ -148,7 +147,8 @@ def run(
         raise typer.Exit(EXIT_ERROR_ROWS)
 
 
-app.command(epilog=EXAMPLE)(score)
+app.command(epilog=score_cli.EXAMPLE)(score_cli.score)
+app.command(epilog=serve_cli.EXAMPLE)(serve_cli.serve)
 
 
 def summary(manifest: dict[str, Any], output: str) -> None:

@@ -23,6 +23,11 @@ class Signals:
             signal.raise_signal(number)
         self._number = number
 
+    @property
+    def came(self) -> bool:
+        """Whether one came."""
+        return bool(self._number)
+
     def check(self) -> None:
         """Raise what the signal asks for."""
         if self._number:

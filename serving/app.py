@@ -1,5 +1,6 @@
 """Assembly: one configuration -> one Ray Serve application of replicas. The only place that puts it together."""
 
+import importlib
 from typing import Any
 
 from pydantic import Field
@@ -9,11 +10,18 @@ from ray.serve.config import RequestRouterConfig
 
 from serving.config import EngineConfig, EngineKind, Frozen, ReplicaConfig
 from serving.engine import check_engine_args, is_gpu_build
+from serving.errors import ConfigError
 from serving.models import resolve_model
 from serving.replica import Replica
 from serving.router import LaneRouter
 
+APP = "spanfill"
+"""The name of the application that ``deploy/serve.yaml`` and ``spanfill serve`` run."""
+
 DEPLOYMENT = "Replica"
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+GATEWAY_CORES = 0.1
+GATEWAY_REQUESTS = 2_000
 HEALTH_CHECK_PERIOD_S = 1.0
 """Serve starts a replica again after three failed checks in a row."""
 
@@ -23,7 +31,12 @@ SIMULATED_CORES = 0.001
 
 
 class AppConfig(Frozen):
-    """What ``serve.yaml`` may say; ``model`` is a known name, a folder or a hub id."""
+    """What ``serve.yaml`` may say; ``model`` is a known name, a folder or a hub id.
+
+    ``gateways`` answer HTTP (0: the replicas are for jobs alone) with the API's own routes and those that ``routes``
+    name as ``module:function``. With ``open_until_tenants`` no key is asked for before there is a tenant: only for a
+    server that listens on loopback.
+    """
 
     model: str
     revision: str | None = None
@@ -34,6 +47,9 @@ class AppConfig(Frozen):
     tensor_parallel_size: int = Field(1, ge=1)
     engine_args: dict[str, Any] = Field(default_factory=dict)
     replicas: ReplicaConfig = ReplicaConfig()
+    gateways: int = Field(0, ge=0)
+    open_until_tenants: bool = False
+    routes: tuple[str, ...] = ()
 
     def engine_config(self) -> EngineConfig:
         """The engine that every replica runs; raises ``ModelError`` or ``ConfigError``."""
@@ -50,7 +66,7 @@ class AppConfig(Frozen):
 
 
 def build(engine: EngineConfig, replica: ReplicaConfig) -> Application:
-    """The application: ``replica.replicas`` replicas of one engine, each with cores or GPUs of its own.
+    """The replicas: ``replica.replicas`` of one engine, each with cores or GPUs of its own.
 
     A replica's resources are one placement-group bundle, so that the ranks of a tensor-parallel engine share a node.
     """
@@ -71,9 +87,46 @@ def build(engine: EngineConfig, replica: ReplicaConfig) -> Application:
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=2,
         request_router_config=RequestRouterConfig(request_router_class=LaneRouter),
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
+        logging_config=QUIET,
     )
     return deployment.bind(engine, replica)
+
+
+def with_gateways(replicas: Application, config: AppConfig, replica: ReplicaConfig, *, app: str) -> Application:
+    """An application that answers HTTP with its replicas; ``app`` is its name. Raises ``ConfigError``, ``ModelError``."""
+    from serving.api.gateway import Gateway, GatewayConfig, served
+
+    model = resolve_model(config.model, format=config.format, revision=config.revision)
+    engine = config.engine_config()
+    told = GatewayConfig(
+        app=app,
+        model=config.model,
+        tokenizer=config.model,
+        format=model.format,
+        replicas=replica.replicas,
+        open_until_tenants=config.open_until_tenants,
+    )
+    deployment = serve.deployment(
+        serve.ingress()(Gateway),
+        name="Gateway",
+        num_replicas=config.gateways,
+        ray_actor_options={"num_cpus": GATEWAY_CORES},
+        max_ongoing_requests=GATEWAY_REQUESTS,
+        graceful_shutdown_timeout_s=replica.drain_seconds,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        logging_config=QUIET,
+    )
+    routes = tuple(_function(name) for name in config.routes)
+    return deployment.bind(replicas, told, served(model, config.model, engine.max_model_len), routes)
+
+
+def _function(name: str) -> Any:
+    """The function that ``module:function`` names; raises ``ConfigError``."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"routes: {name} is not there: {error}.", remedy="Write module:function.") from None
 
 
 def _cores(engine: EngineConfig, replica: ReplicaConfig) -> float:
@@ -84,12 +137,17 @@ def _cores(engine: EngineConfig, replica: ReplicaConfig) -> float:
 
 def build_app(args: dict[str, Any]) -> Application:
     """For ``serve run deploy/serve.yaml``: validate the file's arguments and build; raises ``ConfigError``."""
+    return assemble(AppConfig.parse(args, where="serve.yaml args"), app=APP)
+
+
+def assemble(config: AppConfig, *, app: str) -> Application:
+    """The replicas, behind gateways if there are to be some, placed on the nodes that are alive now."""
     import ray
 
-    config = AppConfig.parse(args, where="serve.yaml args")
-    replica = config.replicas
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return build(config.engine_config(), place(replica, nodes))
+    replica = place(config.replicas, nodes)
+    replicas = build(config.engine_config(), replica)
+    return with_gateways(replicas, config, replica, app=app) if config.gateways else replicas
 
 
 def place(replica: ReplicaConfig, nodes: list[dict[str, float]]) -> ReplicaConfig:

@@ -1,0 +1,63 @@
+"""``spanfill serve``: the replicas and the HTTP API before them, until it is told to stop."""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from jobs.options import FormatName, notice, pairs_of, present, scalars_of
+
+EXAMPLE = "Example: spanfill serve --model demo-codegen25 --port 8000"
+ROUTES = ("jobs.routes:make_routes",)
+"""What the API has besides the dialects: files, batches and jobs."""
+
+
+def serve(
+    config: Annotated[Path | None, typer.Option(help="A YAML file of an application's arguments; flags win.")] = None,
+    model: Annotated[str | None, typer.Option(help="Known name, folder or hub id [default: demo-codegen25].")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    format: FormatName = None,  # noqa: A002
+    engine: Annotated[str | None, typer.Option(help="vllm, simulated (roofline clock) or instant.")] = None,
+    engine_arg: Annotated[list[str] | None, typer.Option(help="A vLLM engine argument, KEY=VALUE; repeatable.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Weights and activations, e.g. bfloat16.")] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Engines side by side [default: 1].")] = None,
+    gateways: Annotated[int | None, typer.Option(help="HTTP gateways side by side [default: 1].", min=1)] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; others than this machine need a tenant.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port.", min=1, max=65_535)] = 8_000,
+) -> None:
+    """Answer HTTP requests in OpenAI's, Mistral's, llama.cpp's and Ollama's form, while jobs use the same engines."""
+    from jobs.server import serve_until_stopped
+    from serving.app import AppConfig
+    from serving.config import read_yaml
+
+    console = Console(stderr=True)
+    values: dict[str, Any] = read_yaml(config) if config else {}
+    values |= present(
+        model=model,
+        revision=revision,
+        format=format,
+        engine=engine,
+        engine_args=scalars_of(pairs_of(engine_arg, "--engine-arg")),
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        max_model_len=max_model_len,
+        gateways=gateways,
+    )
+    if replicas is not None:
+        values["replicas"] = {**values.get("replicas", {}), "replicas": replicas}
+    defaults = {"model": "demo-codegen25", "gateways": 1, "routes": ROUTES, "open_until_tenants": _is_loopback(host)}
+    parsed = AppConfig.parse(defaults | values, where=str(config or "options"))
+    notice(parsed.model, console, engine=parsed.engine, made="completion")
+    serve_until_stopped(parsed, host=host, port=port, say=lambda text: console.print(escape(text), soft_wrap=True))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
