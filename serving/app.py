@@ -93,7 +93,7 @@ def build(engine: EngineConfig, replica: ReplicaConfig) -> Application:
 
 
 def with_gateways(replicas: Application, config: AppConfig, replica: ReplicaConfig, *, app: str) -> Application:
-    """An application that answers HTTP with its replicas; ``app`` is its name. Raises ``ConfigError``, ``ModelError``."""
+    """The application ``app``, which answers HTTP with its replicas; raises ``ConfigError``, ``ModelError``."""
     from serving.api.gateway import Gateway, GatewayConfig, served
 
     model = resolve_model(config.model, format=config.format, revision=config.revision)
