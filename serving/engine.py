@@ -39,6 +39,7 @@ OWN_ARGUMENTS = {
     "dtype": "--dtype",
     "tensor_parallel_size": "--tensor-parallel-size",
     "tokenizer": "--format",
+    "scheduler_cls": "nothing: batch rows make way for people",
     "skip_tokenizer_init": "nothing: token ids cross the engine, never text",
     "scheduling_policy": "nothing: interactive requests come before batch rows",
 }
@@ -166,10 +167,13 @@ class VllmEngine:
         self._ids = itertools.count()
 
     @classmethod
-    async def start(cls, config: EngineConfig, *, cores: tuple[int, ...] = ()) -> "VllmEngine":
+    async def start(
+        cls, config: EngineConfig, *, cores: tuple[int, ...] = (), beside: int | None = None
+    ) -> "VllmEngine":
         """Load the model; takes tens of seconds.
 
-        ``cores`` are bound to the engine on a CPU (all that the process may use when empty). Raises ``ConfigError`` for
+        ``cores`` are bound to the engine on a CPU (all that the process may use when empty). Where ``beside`` is not
+        None, so many batch rows go on while people are served (``serving.scheduler``). Raises ``ConfigError`` for
         engine arguments that vLLM refuses and ``EngineError`` when it does not start.
         """
         check_engine_args(config.engine_args)
@@ -183,7 +187,9 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         try:
-            arguments = AsyncEngineArgs(**_engine_args(config, on_cpu=on_cpu))
+            arguments = AsyncEngineArgs(
+                **_engine_args(config, on_cpu=on_cpu) | _yielding(config, beside, on_cpu=on_cpu)
+            )
             vllm_config = arguments.create_engine_config()
         except (ValueError, TypeError) as error:
             raise ConfigError(
@@ -371,6 +377,18 @@ def _engine_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
         "tensor_parallel_size": config.tensor_parallel_size,
         "skip_tokenizer_init": True,
         "scheduling_policy": "priority",
+    }
+
+
+def _yielding(config: EngineConfig, beside: int | None, *, on_cpu: bool) -> dict[str, Any]:
+    """The scheduler in which batch rows make way, as engine arguments; vLLM's own where nobody but jobs comes."""
+    if beside is None:
+        return {}
+    ahead = not on_cpu and config.engine_args.get("async_scheduling") is not False
+    told = config.engine_args.get("additional_config")
+    return {
+        "scheduler_cls": f"serving.scheduler.{'Async' if ahead else ''}YieldingScheduler",
+        "additional_config": (told if isinstance(told, dict) else {}) | {"spanfill_rows_beside": beside},
     }
 
 

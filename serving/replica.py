@@ -29,11 +29,11 @@ ANSWER_SECONDS = 2.0
 """A row that is done waits at most so long for its neighbours in the micro-batch: only what has come can be kept."""
 
 
-async def start_engine(config: EngineConfig, *, cores: tuple[int, ...] = ()) -> Engine:
+async def start_engine(config: EngineConfig, *, cores: tuple[int, ...] = (), beside: int | None = None) -> Engine:
     """The engine that ``config.kind`` names, ready to answer."""
     if config.kind == "vllm":
-        return await VllmEngine.start(config, cores=cores)
-    return SimulatedEngine(config)
+        return await VllmEngine.start(config, cores=cores, beside=beside)
+    return SimulatedEngine(config, beside=beside)
 
 
 class Replica:
@@ -51,7 +51,7 @@ class Replica:
         self._hung: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         claim = engine.kind == "vllm" and not replica.use_gpu and replica.cores
         cores = claim_cores(replica.cores) if claim else ()
-        self._engine = await start_engine(engine, cores=cores)
+        self._engine = await start_engine(engine, cores=cores, beside=replica.rows_beside)
 
     async def generate(self, batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
         """Answer every request of a micro-batch: all at once, or every ``ANSWER_SECONDS`` those that are done by then.

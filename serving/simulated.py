@@ -39,6 +39,7 @@ from serving.protocol import (
 )
 from serving.roofline import step_seconds
 from serving.watching import clip, stop_watches
+from serving.yielding import SEATS, Turn, turn
 
 NO_MORE = -1
 NOISE = random.Random(0).choices(range(1_000, 21_000), k=1 << 16)
@@ -46,9 +47,12 @@ NOISE = random.Random(0).choices(range(1_000, 21_000), k=1 << 16)
 
 
 class SimulatedEngine:
-    """One simulated engine; make it inside the event loop that uses it."""
+    """One simulated engine; make it inside the event loop that uses it.
 
-    def __init__(self, config: EngineConfig) -> None:
+    Where ``beside`` is not None, so many batch rows go on while people are served, as ``serving.yielding`` says.
+    """
+
+    def __init__(self, config: EngineConfig, *, beside: int | None = None) -> None:
         roofline = config.roofline
         self._info = EngineInfo(
             kind=config.kind,
@@ -60,7 +64,7 @@ class SimulatedEngine:
             device=config.kind,
             versions={name: installed_version(name) for name in ("ray", "spanfill")},
         )
-        self._scheduler = Scheduler(roofline)
+        self._scheduler = Scheduler(roofline, beside=beside)
         self._roofline = roofline
         self._scale = roofline.time_scale
         self._instant = config.kind == "instant"
@@ -256,6 +260,7 @@ class Sequence:
     computed: int = 0
     made: int = 0
     cancelled: bool = False
+    is_of_batch: bool = True
     told: "asyncio.Queue[int] | None" = None
     blocks: list[int] = field(default_factory=list)
 
@@ -268,8 +273,9 @@ class Sequence:
 class Scheduler:
     """Continuous batching without an engine: ``step`` plans one step and says how long it takes."""
 
-    def __init__(self, roofline: RooflineConfig) -> None:
+    def __init__(self, roofline: RooflineConfig, *, beside: int | None = None) -> None:
         self._roofline = roofline
+        self._beside = beside
         self._order = itertools.count()
         self._cache: OrderedDict[int, None] = OrderedDict()
         self.waiting: list[tuple[int, int, Sequence]] = []
@@ -283,19 +289,23 @@ class Scheduler:
 
     def add(self, sequence: Sequence, priority: int) -> None:
         """Queue one sequence; lower priorities run first."""
+        sequence.is_of_batch = priority >= BATCH_PRIORITY
         heapq.heappush(self.waiting, (priority, next(self._order), sequence))
 
     def step(self) -> float:
         """Admit what fits, advance every running sequence, and return the step's seconds."""
         self._drop_cancelled()
+        now = self._turn()
+        rows = [sequence for sequence in self.running if sequence.is_of_batch]
+        going = [s for s in self.running if not s.is_of_batch] + rows[: now.going]
         budget = self._roofline.max_num_batched_tokens
         kv_read = tokens = 0
-        for sequence in self.running:
+        for sequence in going:
             if sequence.computed == len(sequence.token_ids) and budget:
                 budget, tokens = budget - 1, tokens + 1
                 kv_read += sequence.computed + sequence.made
                 sequence.made, sequence.left = sequence.made + 1, sequence.left - 1
-        for sequence in itertools.chain(list(self.running), self._admitted()):
+        for sequence in itertools.chain(going, self._admitted(now.beginning)):
             if not budget:
                 break
             chunk = min(len(sequence.token_ids) - sequence.computed, budget)
@@ -304,6 +314,20 @@ class Scheduler:
                 kv_read += sequence.computed
                 self._compute(sequence, chunk)
         return step_seconds(self._roofline, tokens=tokens, kv_tokens_read=kv_read)
+
+    def _turn(self) -> Turn:
+        """What batch rows may do in this step; without people ever, whatever they like."""
+        rows = sum(sequence.is_of_batch for sequence in self.running)
+        if self._beside is None:
+            return Turn(rows, len(self.waiting))
+        waiting = sum(not sequence.is_of_batch for _, _, sequence in self.waiting)
+        return turn(
+            people=len(self.running) - rows + waiting,
+            rows=rows,
+            beside=self._beside,
+            places=self._roofline.max_num_seqs,
+            is_full=self.used_tokens > self._roofline.kv_cache_tokens * (1 - 1 / SEATS),
+        )
 
     def _compute(self, sequence: Sequence, chunk: int) -> None:
         """Compute prompt tokens; whole blocks are in the cache for whoever is admitted next, in this very step too."""
@@ -332,16 +356,19 @@ class Scheduler:
         self.running.remove(sequence)
         self.used_tokens -= sequence.size
 
-    def _admitted(self) -> Iterator[Sequence]:
-        """Waiting sequences as far as there is room, each admitted when it is asked for."""
+    def _admitted(self, rows: int) -> Iterator[Sequence]:
+        """Waiting sequences as far as there is room, ``rows`` of batches, each admitted when it is asked for."""
         roofline = self._roofline
         while self.waiting and len(self.running) < roofline.max_num_seqs:
             sequence = self.waiting[0][2]
+            if sequence.is_of_batch and not rows:
+                return
             if self.running and self.used_tokens + sequence.size > roofline.kv_cache_tokens:
                 return
             heapq.heappop(self.waiting)
             if sequence.cancelled:
                 continue
+            rows -= sequence.is_of_batch
             sequence.cached = sequence.computed = self._lookup(sequence)
             self.used_tokens += sequence.size
             self.running.append(sequence)
