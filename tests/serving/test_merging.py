@@ -84,12 +84,13 @@ def test_the_first_item_does_not_wait_for_a_second() -> None:
 def test_a_bunched_sources_error_comes_behind_what_it_gave() -> None:
     ended: list[str] = []
 
-    async def run() -> list[str]:
-        came: list[str] = []
-        with pytest.raises(ValueError, match="a"):
-            async for bunch in in_bunches(counted("a", 3, ended, fails=True), seconds=0.0):
-                came += bunch
-        return came
+    came: list[str] = []
 
-    assert asyncio.run(run()) == ["a0", "a1", "a2"]
+    async def run() -> None:
+        async for bunch in in_bunches(counted("a", 3, ended, fails=True), seconds=0.0):
+            came.extend(bunch)
+
+    with pytest.raises(ValueError, match="a"):
+        asyncio.run(run())
+    assert came == ["a0", "a1", "a2"]
     assert ended == ["a"]
