@@ -43,6 +43,7 @@ def serve_until_stopped(config: AppConfig, *, host: str, port: int, say: Callabl
         try:
             if _is_running(stop):
                 say(f"{config.model} at http://{host}:{port} (OpenAPI: /docs)")
+                say(f"jobs join with RAY_ADDRESS={ray.get_runtime_context().gcs_address}")
                 if not tenants:
                     say("no key is asked for yet. Make a tenant and its key: spanfill tenants create NAME")
                 while not stop.came:

@@ -9,6 +9,16 @@ from serving.protocol import EngineStats
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
+READINGS = (
+    "running",
+    "waiting",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "output_tokens",
+    "steps",
+    "busy_seconds",
+)
+
 
 class Metrics:
     """One gateway's; several gateways are several targets, whose counters add up."""
@@ -45,7 +55,7 @@ class Metrics:
     def read(self, stats: Mapping[str, EngineStats]) -> None:
         """The replicas' latest readings, by their names."""
         self._engines.labels("replicas").set(len(stats))
-        for reading in ("running", "waiting", "prefix_cache_queries", "prefix_cache_hits", "output_tokens", "steps"):
+        for reading in READINGS:
             self._engines.labels(reading).set(sum(getattr(found, reading) for found in stats.values()))
 
     def text(self) -> bytes:
