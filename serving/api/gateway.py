@@ -157,7 +157,9 @@ class Gateway:
         self, replicas: DeploymentHandle, config: GatewayConfig, model: ServedModel, routes: tuple[MakeRoutes, ...] = ()
     ) -> None:
         self._config, self._model, self._routes = config, model, routes
-        streamed = replicas.options(stream=True, request_serialization="pickle", response_serialization="pickle")
+        streamed = replicas.options(
+            stream=True, _by_reference=False, request_serialization="pickle", response_serialization="pickle"
+        )
         self._metrics = Metrics()
         self._watch = Watch(replicas, config.replicas, self._metrics)
         self._desk = Desk(config.app, Capacity(0, 0))
