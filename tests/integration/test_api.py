@@ -176,10 +176,12 @@ def test_a_limit_is_told_before_and_when_it_is_reached(api: Api) -> None:
     first = api.post("/v1/completions", {"prompt": "x", "max_tokens": 60}, key)
     assert first.status_code == 200
     assert first.headers["x-ratelimit-limit-tokens"] == "100"
-    with pytest.raises(RateLimitError) as refused:
-        for _ in range(20):
-            api.client(key).completions.create(model="demo-codegen25", prompt="x", max_tokens=60)
-    assert float(refused.value.response.headers["retry-after"]) > 0
+    answers = [api.post("/v1/completions", {"prompt": "x", "max_tokens": 60}, key) for _ in range(3)]
+    assert answers[-1].status_code == 429
+    assert float(answers[-1].headers["retry-after"]) > 0
+    assert answers[-1].headers["x-ratelimit-limit-tokens"] == "100"
+    with pytest.raises(RateLimitError, match="Try again in"):
+        api.client(key).completions.create(model="demo-codegen25", prompt="x", max_tokens=60)
 
 
 def test_whoever_goes_away_frees_the_engine(api: Api) -> None:
