@@ -132,7 +132,7 @@ def test_rows_stand_still_while_a_person_is_served_and_their_answers_are_the_sam
     async def run() -> tuple[list[int], list[int], list[list[int]]]:
         made = [0] * 4
         tasks = [asyncio.ensure_future(followed(request, made)) for request in requests]
-        while min(made) < 5:
+        while min(made) < 5:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         started = False
         before = list(made)
@@ -156,7 +156,7 @@ def test_a_place_is_kept_free_for_people(engine: VllmEngine, wait: Await) -> Non
     async def run() -> float:
         long = replace(FREE, max_tokens=300)
         rows = [asyncio.ensure_future(engine.generate(Request(n, [t + n for t in PROMPT]), long)) for n in range(20)]
-        while engine.stats().running < 7:
+        while engine.stats().running < 7:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.3)
         most = engine.stats().running
