@@ -6,7 +6,7 @@ again.
 
 import hashlib
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
@@ -74,7 +74,7 @@ class _PartialUsage:
         )
 
 
-def _merged(order: Order, folder: WorkFolder, plan: Plan, usage: _PartialUsage) -> Iterator[RowResult]:
+def _merged(order: Order, folder: WorkFolder, plan: Plan, usage: _PartialUsage) -> Iterable[RowResult]:
     """The rows of all groups in the order of the input."""
     fmt = load_format(order.format, tokenizer_of=str(order.engine["model"]))
     columns = columns_of(can_infill=order.can_infill)
@@ -88,7 +88,7 @@ def _merged(order: Order, folder: WorkFolder, plan: Plan, usage: _PartialUsage) 
     return heapq.merge(*map(counted, range(len(plan.groups))), key=lambda row: row.place)
 
 
-def _beside(records: Iterator[Record], rows: Iterator[RowResult]) -> Iterator[tuple[Record, list[RowResult]]]:
+def _beside(records: Iterable[Record], rows: Iterable[RowResult]) -> Iterator[tuple[Record, list[RowResult]]]:
     """Each line with the rows of it that are done."""
     groups = groupby(rows, key=lambda row: row.line)
     upcoming = next(groups, None)

@@ -11,6 +11,7 @@ from serving.api.ask import ServedModel
 from serving.config import Frozen
 
 Kind = Literal["batch", "job"]
+Cut = Literal["cancelled", "expired"]
 Mode = Literal["run", "cancelled", "expired"]
 """What a process is to do: run the work to its end, or deliver what is done of one that was cut short."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.api.metered import finished_units
 from jobs.api.office import Office
-from jobs.api.order import EXIT_HELD, Mode, Outcome, Plan, Problem, UnitUsage
+from jobs.api.order import EXIT_HELD, Cut, Mode, Outcome, Plan, Problem, UnitUsage
 from jobs.api.parts import part_files
 from jobs.api.process import WorkProcess
 from jobs.api.queue import Status
@@ -67,7 +67,7 @@ class Tending:
             order = self._office.order(self._work, self._folder)
             publish_bytes(locate(str(self._folder.order)), order.model_dump_json().encode())
 
-    def _cut_short(self) -> Mode | None:
+    def _cut_short(self) -> Cut | None:
         """Why the work is to end however far it is, if it is."""
         if self._work.status == "cancelling":
             return "cancelled"
