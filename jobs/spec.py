@@ -13,6 +13,8 @@ from jobs.store import PATIENCE_SECONDS
 from serving.config import EngineConfig, EngineKind, Frozen
 from serving.engine import SPEED_ARGUMENTS
 from serving.errors import ConfigError
+from serving.tenants.caller import Caller
+from serving.tenants.terms import NAME
 from serving.trimming import TRIMMINGS
 from serving.truncation import DEFAULT_PREFIX_ALIGN, DEFAULT_SUFFIX_SHARE
 
@@ -30,13 +32,15 @@ class JobSpec(Frozen):
     """A job: Parquet of prefix/suffix pairs in, Parquet of infills out; or, with ``task`` score, of likelihoods.
 
     ``input`` is a file, a folder or a glob, local or a URI; ``output`` a folder that belongs to this job. Lengths are
-    in tokens, ``max_error_rate`` is a share of the rows tried, ``store_patience`` is in seconds. Raises
-    ``ConfigError`` naming every wrong field.
+    in tokens, ``max_error_rate`` is a share of the rows tried, ``store_patience`` is in seconds. ``tenant`` is whose
+    job it is where one fleet serves several: it parts their prefix caches and changes no infill. Raises ``ConfigError``
+    naming every wrong field.
     """
 
     task: Literal["infill", "score"] = "infill"
     input: str
     output: str
+    tenant: str | None = Field(None, pattern=f"^{NAME.pattern}$")
     model: str = "demo-codegen25"
     revision: str | None = None
     format: str | None = None
@@ -121,6 +125,11 @@ class JobSpec(Frozen):
     def answer_tokens(self) -> int:
         """Tokens that an engine makes of a sample at most: one where it scores, since vLLM makes one at least."""
         return 1 if self.task == "score" else self.max_tokens
+
+    @property
+    def cache_salt(self) -> str | None:
+        """What parts the tenant's blocks in the prefix cache from all others'; None for a job of no tenant."""
+        return None if self.tenant is None else Caller(self.tenant, key="").cache_salt
 
     def column(self, role: str) -> str:
         """The input column that plays ``role``, one of ``roles``; empty for none."""

@@ -124,3 +124,50 @@ class SourceRow(Table):
 
     source: Mapped[str] = mapped_column(primary_key=True)
     latest: Mapped[Count]
+
+
+class FileRow(Table):
+    """A file that a tenant stored or that was made for it; its bytes lie on a disk under its id, ``name`` is no path.
+
+    ``purpose`` is ``batch`` or ``job`` for what is read, ``batch_output`` for what was made. ``key`` is a public id.
+    """
+
+    __tablename__ = "spanfill_files"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(index=True)
+    key: Mapped[str]
+    purpose: Mapped[str]
+    name: Mapped[str]
+    bytes: Mapped[Count]
+    created: Mapped[Real]
+    expires: Mapped[Real]
+
+
+class WorkRow(Table):
+    """A batch or job that runs in the background, and who holds it until when: ``holder``, ``held_until``.
+
+    ``details`` is what was asked for, ``told`` what has come of it. ``turn`` orders those that wait; none begins before
+    ``ready``. ``tries`` counts failures, ``bytes`` what its results take. ``source`` is a file's id or a URI.
+    """
+
+    __tablename__ = "spanfill_works"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    tenant: Mapped[str] = mapped_column(index=True)
+    key: Mapped[str]
+    model: Mapped[str]
+    status: Mapped[str]
+    source: Mapped[str]
+    details: Mapped[dict[str, Any]] = mapped_column(JSON)
+    told: Mapped[dict[str, Any]] = mapped_column(JSON)
+    bytes: Mapped[Count]
+    created: Mapped[Real]
+    expires: Mapped[Real | None]
+    ended: Mapped[Real | None]
+    turn: Mapped[Real]
+    ready: Mapped[Real]
+    tries: Mapped[Count]
+    holder: Mapped[str | None]
+    held_until: Mapped[Real | None]
