@@ -1,7 +1,6 @@
 """The gateway's routes for files, batches, jobs and usage, and the agent that runs what they queue.
 
-Handed to the gateway by whoever assembles it, as a function that can be pickled: ``make_routes``, or
-``functools.partial(make_routes, config=...)``. Imports run one way: ``serving`` knows nothing of it.
+``AppConfig.routes`` names ``jobs.routes:routes``. Imports run one way: ``serving`` knows nothing of it.
 """
 
 import asyncio
@@ -11,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
@@ -21,12 +21,18 @@ from jobs.api.database import Database
 from jobs.api.office import Office
 from jobs.api.queue import Queue
 from jobs.api.shelf import Shelf
-from serving.api.gateway import Context
+from serving.api.gateway import Context, Routes
 from serving.home import home_folder
 from serving.tenants.database import database_address
 
-LARGER = {"/v1/files": DEFAULT.upload_bytes + (1 << 20)}
-"""Bytes that the bodies of these paths may have: for ``serving.api.edge.Edge``, which bounds all others closer."""
+FRAME_BYTES = 1 << 20
+"""What a form adds to the file in it."""
+
+
+def routes(context: Context, settings: dict[str, Any]) -> Routes:
+    """As ``serving.app.AppConfig.routes`` names it; ``settings`` are those of ``RoutesConfig``. Raises ``ConfigError``."""
+    config = RoutesConfig.parse(settings | {"app": context.application}, where="routes")
+    return Routes(make_routes(context, config), {"/v1/files": config.upload_bytes + FRAME_BYTES})
 
 
 def make_routes(context: Context, config: RoutesConfig = DEFAULT) -> APIRouter:

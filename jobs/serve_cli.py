@@ -11,7 +11,7 @@ from rich.markup import escape
 from jobs.options import FormatName, notice, pairs_of, present, scalars_of
 
 EXAMPLE = "Example: spanfill serve --model demo-codegen25 --port 8000"
-ROUTES = ("jobs.routes:make_routes",)
+ROUTES: dict[str, dict[str, Any]] = {"jobs.routes:routes": {}}
 """What the API has besides the dialects: files, batches and jobs."""
 
 

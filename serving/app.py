@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
@@ -37,7 +37,7 @@ class AppConfig(Frozen):
     """What ``serve.yaml`` may say; ``model`` is a known name, a folder or a hub id.
 
     ``gateways`` answer HTTP (0: the replicas are for jobs alone) with the API's own routes and those that ``routes``
-    name as ``module:function``. With ``open_until_tenants`` no key is asked for before there is a tenant: only for a
+    name as ``module:function``, each with its settings. With ``open_until_tenants`` no key is asked for before there is a tenant: only for a
     server that listens on loopback.
     """
 
@@ -52,7 +52,7 @@ class AppConfig(Frozen):
     replicas: ReplicaConfig = ReplicaConfig()
     gateways: int = Field(0, ge=0)
     open_until_tenants: bool = False
-    routes: tuple[str, ...] = ()
+    routes: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
 
     def engine_config(self) -> EngineConfig:
         """The engine that every replica runs; raises ``ModelError`` or ``ConfigError``."""
@@ -109,6 +109,8 @@ def with_gateways(replicas: Application, config: AppConfig, replica: ReplicaConf
         replicas=replica.replicas,
         open_until_tenants=config.open_until_tenants,
     )
+    for name in config.routes:
+        function_of(name)
     deployment = serve.deployment(
         serve.ingress()(Gateway),
         name="Gateway",
@@ -119,11 +121,10 @@ def with_gateways(replicas: Application, config: AppConfig, replica: ReplicaConf
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         logging_config=QUIET,
     )
-    routes = tuple(_function(name) for name in config.routes)
-    return deployment.bind(replicas, told, served(model, config.model, engine.max_model_len), routes)
+    return deployment.bind(replicas, told, served(model, config.model, engine.max_model_len), config)
 
 
-def _function(name: str) -> Any:
+def function_of(name: str) -> Any:
     """The function that ``module:function`` names; raises ``ConfigError``."""
     module, _, attribute = name.partition(":")
     try:

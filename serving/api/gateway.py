@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from serving.api.metrics import Metrics
 from serving.api.parts import WhoCalls
 from serving.api.replies import install
 from serving.api.service import Engines, FleetService
+from serving.app import AppConfig, function_of
 from serving.config import Frozen
 from serving.engine import installed_version
 from serving.errors import AuthenticationError
@@ -61,16 +62,29 @@ class GatewayConfig(Frozen):
 
 @dataclass(frozen=True)
 class Context:
-    """What the routes of other packages are made from; ``caller`` is the dependency that tells who calls."""
+    """What the routes of other packages are made from; ``caller`` is the dependency that tells who calls.
+
+    ``application`` is the configuration of the application that serves them.
+    """
 
     config: GatewayConfig
     service: Service
     caller: WhoCalls
     store: TenantStore
     meter: Meter
+    application: AppConfig | None = None
 
 
-MakeRoutes = Callable[[Context], APIRouter]
+@dataclass(frozen=True)
+class Routes:
+    """What another package adds: a router, and the bytes that bodies may have at some of its paths."""
+
+    router: APIRouter
+    larger: Mapping[str, int]
+
+
+MakeRoutes = Callable[[Context, dict[str, Any]], Routes]
+"""What ``AppConfig.routes`` names; it is given the settings that stand there."""
 
 
 def served(model: Model, name: str, context: int) -> ServedModel:
@@ -154,9 +168,9 @@ class Gateway:
     """One gateway process; Serve gives it requests by ASGI."""
 
     async def __init__(  # type: ignore[misc]
-        self, replicas: DeploymentHandle, config: GatewayConfig, model: ServedModel, routes: tuple[MakeRoutes, ...] = ()
+        self, replicas: DeploymentHandle, config: GatewayConfig, model: ServedModel, application: AppConfig
     ) -> None:
-        self._config, self._model, self._routes = config, model, routes
+        self._config, self._model, self._application = config, model, application
         streamed = replicas.options(
             stream=True, _by_reference=False, request_serialization="pickle", response_serialization="pickle"
         )
@@ -200,12 +214,16 @@ class Gateway:
         door = Door(self._directory, self._store, open_until_tenants=self._config.open_until_tenants)
         app = FastAPI(title="spanfill", version=installed_version("spanfill"), lifespan=life)
         install(app)
-        app.add_middleware(Edge, metrics=self._metrics)
         for dialect in (openai, mistral, llamacpp, ollama):
             app.include_router(dialect.router(self._service, door))
-        context = Context(self._config, self._service, door, self._store, self._meter)
-        for make in self._routes:
-            app.include_router(make(context))
+        context = Context(self._config, self._service, door, self._store, self._meter, self._application)
+        larger: dict[str, int] = {}
+        for name, settings in self._application.routes.items():
+            make: MakeRoutes = function_of(name)
+            added = make(context, settings)
+            app.include_router(added.router)
+            larger |= added.larger
+        app.add_middleware(Edge, metrics=self._metrics, larger=larger)
         self._add_own(app)
         return app
 
