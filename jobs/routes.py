@@ -30,7 +30,7 @@ FRAME_BYTES = 1 << 20
 
 
 def routes(context: Context, settings: dict[str, Any]) -> Routes:
-    """As ``serving.app.AppConfig.routes`` names it; ``settings`` are those of ``RoutesConfig``. Raises ``ConfigError``."""
+    """What ``AppConfig.routes`` names; ``settings`` are those of ``RoutesConfig``. Raises ``ConfigError``."""
     config = RoutesConfig.parse(settings | {"app": context.application}, where="routes")
     return Routes(make_routes(context, config), {"/v1/files": config.upload_bytes + FRAME_BYTES})
 

@@ -37,8 +37,8 @@ class AppConfig(Frozen):
     """What ``serve.yaml`` may say; ``model`` is a known name, a folder or a hub id.
 
     ``gateways`` answer HTTP (0: the replicas are for jobs alone) with the API's own routes and those that ``routes``
-    name as ``module:function``, each with its settings. With ``open_until_tenants`` no key is asked for before there is a tenant: only for a
-    server that listens on loopback.
+    name as ``module:function``, each with its settings. With ``open_until_tenants`` no key is asked for before there is
+    a tenant: only for a server that listens on loopback.
     """
 
     model: str
