@@ -452,7 +452,7 @@ def tune(
 
 @bench.command(name="feed", epilog="Example: spanfill bench feed --rows 50000 --json")
 def bench_feed(
-    rows: Annotated[int, typer.Option(help="Rows to feed.", min=1)] = 30_000,
+    rows: Annotated[int, typer.Option(help="Rows; few are prepared while engines start.", min=1)] = 200_000,
     row_bytes: Annotated[int, typer.Option(help="Bytes of prefix and suffix together.", min=16)] = 2_048,
     replicas: Annotated[int, typer.Option(help="Instant engines.", min=1)] = 1,
     feeders: Annotated[int, typer.Option(help="Processes that read and write, as for run.", min=1)] = 2,

@@ -32,7 +32,7 @@ from serving.formats import load_format
 ROWS_AHEAD = 2
 """Rows in flight for each place in an engine's batch, so that a finished row's successor already waits there."""
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 DRAIN_SECONDS = 10.0
 """What is in flight may finish for so long after a signal or a failure: less than the 30 s of a spot pre-emption."""
 

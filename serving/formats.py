@@ -380,7 +380,9 @@ class Format:
         Broken UTF-8 at the end becomes U+FFFD.
         """
         special = self.tokenizer.special_ids
-        at = next((i for i, token_id in enumerate(token_ids) if token_id in special), None)
+        at = None
+        if not special.isdisjoint(token_ids):  # Few completions hold one, and a look at each token costs.
+            at = next(i for i, token_id in enumerate(token_ids) if token_id in special)
         text = self.decode(token_ids if at is None else token_ids[:at])
         reason = self.finish_reason(stop_token_id if at is None else token_ids[at])
         cut = find_cut(text, stop, until)

@@ -6,7 +6,7 @@ cut there and its pieces encoded apart, and any lines that end so may be encoded
 
 import array
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -20,10 +20,16 @@ MOST_REMEMBERED = 16_000_000
 
 LINE_COST = 50
 
+FEED = ord("\n")
+FEED_BYTES = 4
+"""Of its id: before anything but white space a line feed is one token, in every vocabulary with that pattern."""
+
 MOST_AT_ONCE = 20_000
 """Characters that are encoded at once: over more without a blank the pattern would backtrack for minutes."""
 
-_LINE_END = re.compile(r"\n(?<=[^\s\x1c-\x1f]\n)")
+_SOLID = np.array([not chr(code).isspace() for code in range(0x3002)])
+"""Whether a character is no white space, by its code; those beyond are as the last one, which is none."""
+
 _CUT = re.compile(r"[ \n](?=[^\s\x1c-\x1f])")
 """Before the last blank of a run: GPT-2's pattern always begins a new token there."""
 
@@ -42,30 +48,43 @@ class LineEncoder:
     def encode_batch(self, texts: Sequence[str]) -> list["array.array[int]"]:
         """The ids of each text, 32 bits each; lines that are new are encoded on threads."""
         known = self._known
-        # No line feed stands before the first lines, and many begin in the middle of one: those are not remembered.
-        split = [_LINE_END.split(text) for text in texts]
-        firsts = on_threads(self._each, _stacked([lines.pop(0) for lines in split]))
-        found = [[known.get(line, b"") for line in lines] for lines in split]
-        if new := {line for lines, ids in zip(split, found, strict=True) if not all(ids) for line in lines}:
-            self._learn(known, [line for line in new if line not in known])
+        firsts, lines, counts = _split(texts)
+        found = list(map(known.get, lines))
+        new = [place for place, ids in enumerate(found) if ids is None]
+        alone = {line for line in firsts if not line or line[0].isspace()}
+        others = set(firsts) - alone
+        fresh = self._fresh({lines[place] for place in new} | others)
+        for place in new:
+            found[place] = fresh[lines[place]]
+        begun = self._each(alone) | {line: fresh[line][FEED_BYTES:] for line in others}
+        # Many texts begin or end in the middle of a line that nobody will meet again.
+        cut = set((np.cumsum(counts) - 1).tolist())
+        self._remember(known, {lines[place]: found[place] for place in new if place not in cut})  # type: ignore[misc]
         encoded: list[array.array[int]] = []
-        for first, ids, lines in zip(chain.from_iterable(firsts), found, split, strict=True):
-            encoded.append(array.array("i", first))
-            encoded[-1].frombytes(b"".join(ids if all(ids) else [known[line] for line in lines]))
+        start = 0
+        for first, count in zip(firsts, counts, strict=True):
+            encoded.append(array.array("i", begun[first]))
+            encoded[-1].frombytes(b"".join(found[start : start + count]))  # type: ignore[arg-type]
+            start += count
         return encoded
 
-    def _each(self, texts: list[str]) -> list[bytes]:
-        return [self._whole(text).tobytes() for text in texts]
+    def _each(self, texts: Collection[str]) -> dict[str, bytes]:
+        """The ids of texts that begin with white space, which would be another token behind a line feed."""
+        stacks = _stacked(texts)
+        ids = on_threads(lambda stack: [self._whole(text).tobytes() for text in stack], stacks)
+        return dict(zip(chain.from_iterable(stacks), chain.from_iterable(ids), strict=True))
 
-    def _learn(self, known: dict[str, bytes], new: Collection[str]) -> None:
-        """Make the ids of every new line and of the line feed before it known."""
+    def _fresh(self, new: Collection[str]) -> dict[str, bytes]:
+        """The ids of new lines, each with the line feed before it."""
         # A blank at the end belongs to what follows, and here nothing follows.
-        alone = [line for line in new if not line or line[-1].isspace()]
+        found = {line: self._whole("\n" + line).tobytes() for line in new if not line or line[-1].isspace()}
         stacks = _stacked([line for line in new if line and not line[-1].isspace()])
-        for line in alone:
-            known[line] = self._whole("\n" + line).tobytes()
-        for stack, found in zip(stacks, on_threads(self._apart, stacks), strict=True):
-            known.update(zip(stack, found, strict=True))
+        for stack, ids in zip(stacks, on_threads(self._apart, stacks), strict=True):
+            found.update(zip(stack, ids, strict=True))
+        return found
+
+    def _remember(self, known: dict[str, bytes], new: dict[str, bytes]) -> None:
+        known |= new
         self._remembered += sum(map(len, new)) + LINE_COST * len(new)
         if self._remembered > MOST_REMEMBERED:
             self._known, self._remembered = {}, 0
@@ -83,7 +102,34 @@ class LineEncoder:
         return np.concatenate([self._whole(piece) for piece in _pieces(text)])
 
 
-def _stacked(lines: list[str]) -> list[list[str]]:
+def _split(texts: Sequence[str]) -> tuple[list[str], list[str], list[int]]:
+    """The first line of each text, all texts' other lines one after the other, and how many of those each text has.
+
+    A line ends at a line feed that follows something else than white space; it is part of neither line. All texts are
+    looked through at once: the line feeds are found by array operations.
+    """
+    joined = "".join(texts)
+    codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
+    lengths = np.array([len(text) for text in texts], np.int64)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    feeds = np.flatnonzero(codes == FEED)
+    feeds = feeds[_SOLID[np.minimum(codes[feeds - 1], len(_SOLID) - 1)]]
+    feeds = feeds[~np.isin(feeds, starts)]
+    upto = np.searchsorted(feeds, ends)
+    counts = np.diff(upto, prepend=0)
+    some = counts > 0
+    # Every line but the last of its text ends at the next line feed; that one ends where its text does.
+    stops = np.roll(feeds, -1)
+    stops[upto[some] - 1] = ends[some]
+    firsts = ends.copy()
+    firsts[some] = feeds[(upto - counts)[some]]
+    begun = [joined[start:stop] for start, stop in zip(starts.tolist(), firsts.tolist(), strict=True)]
+    lines = [joined[start + 1 : stop] for start, stop in zip(feeds.tolist(), stops.tolist(), strict=True)]
+    return begun, lines, counts.tolist()
+
+
+def _stacked(lines: Iterable[str]) -> list[list[str]]:
     """The lines in lists of about ``MOST_AT_ONCE`` characters."""
     stacks: list[list[str]] = []
     room = 0

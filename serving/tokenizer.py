@@ -172,6 +172,8 @@ class TiktokenTokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of the ordinary ids."""
         special = self.special_ids
+        if not ids or (special.isdisjoint(ids) and min(ids) >= 0 and max(ids) < self.vocab_size):
+            return self._encoding.decode_bytes(list(ids))
         return self._encoding.decode_bytes([i for i in ids if i not in special and 0 <= i < self.vocab_size])
 
     def special_id(self, token: str) -> int:

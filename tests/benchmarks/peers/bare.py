@@ -42,7 +42,7 @@ def _engine(setting: Setting) -> Any:
 def _greedy(setting: Setting) -> Any:
     """The very sampling parameters that spanfill gives its engine."""
     stops = load_format(FORMAT).stop_token_ids
-    return _sampling_params(Sampling(setting.max_tokens, stop_token_ids=stops), 0, watched=False)
+    return _sampling_params(Sampling(setting.max_tokens, stop_token_ids=stops), 0, kind="FINAL_ONLY")
 
 
 def _limits(config: Any) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def run_spanfill(rows: list[Row], setting: Setting, *, align: int) -> Measured:
         prompt_tokens=manifest["prompt_tokens"],
         output_tokens=manifest["completion_tokens"],
         errors=manifest["errors"],
-        extra={"seconds": manifest["seconds"]},
+        extra={"seconds": manifest["seconds"], "engines": manifest["engines"], "startup": manifest["startup_seconds"]},
     )
 
 
