@@ -24,7 +24,7 @@ from jobs.spec import JobSpec, fingerprint
 from jobs.store import Location, exists, is_file, locate
 from jobs.unit import FeederConfig
 from serving.config import EngineConfig
-from serving.engine import check_engine_args
+from serving.engine_args import check_engine_args
 from serving.errors import OutputError
 from serving.formats import Format, load_format
 from serving.models import Model, resolve_model

@@ -11,7 +11,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from jobs.store import PATIENCE_SECONDS
 from serving.config import EngineConfig, EngineKind, Frozen
-from serving.engine import SPEED_ARGUMENTS
+from serving.engine_args import SPEED_ARGUMENTS
 from serving.errors import ConfigError
 from serving.tenants.caller import Caller
 from serving.tenants.terms import NAME

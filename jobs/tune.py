@@ -19,7 +19,7 @@ from jobs.sample import parts_of
 from jobs.search import Figures, Knob, Settings, Trial, Tuning, search
 from jobs.spec import JobSpec
 from jobs.store import locate, publish_bytes
-from serving.engine import CPU_BATCHED_TOKENS, CPU_DEFAULTS, is_gpu_build
+from serving.engine_args import CPU_BATCHED_TOKENS, CPU_DEFAULTS, is_gpu_build
 from serving.errors import InputError
 
 RUNS_OF_ROWS = 8
@@ -30,7 +30,7 @@ GRID = (
     Knob("max_num_seqs", (32, 64, 128, 256, 512)),
     Knob("max_num_batched_tokens", (2_048, 4_096, 8_192, 16_384)),
     Knob("async_scheduling", (True, False)),
-    # vLLM 0.32's CPU build dies on seeded, sampled prompts that are prefilled in chunks: see serving.engine.
+    # vLLM 0.32's CPU build dies on seeded, sampled prompts that are prefilled in chunks: see serving.engine_args.
     Knob("enable_chunked_prefill", (True, False), gpu_only=True),
     Knob("block_size", (32, 64, 128, 16)),
 )

@@ -9,7 +9,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from serving.config import EngineConfig, EngineKind, Frozen, ReplicaConfig
-from serving.engine import check_engine_args, is_gpu_build
+from serving.engine_args import check_engine_args, is_gpu_build
 from serving.errors import ConfigError
 from serving.models import resolve_model
 from serving.replica import Replica

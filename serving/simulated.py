@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving.config import EngineConfig, RooflineConfig
-from serving.engine import installed_version
+from serving.engine_args import installed_version
 from serving.errors import EngineDeadError
 from serving.merging import merged
 from serving.occupancy import Occupancy

@@ -23,7 +23,7 @@ from serving.api.replies import install
 from serving.api.service import Engines, FleetService
 from serving.app import AppConfig, function_of
 from serving.config import Frozen
-from serving.engine import installed_version
+from serving.engine_args import installed_version
 from serving.errors import AuthenticationError
 from serving.formats import load_format
 from serving.models import Model

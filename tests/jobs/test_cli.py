@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.options import pairs_of, scalars_of
-from serving.engine import check_engine_args
+from serving.engine_args import check_engine_args
 from tests.conftest import Command, WriteRows
 
 USAGE = 2
