@@ -61,7 +61,7 @@ def _office(database: Database, context: Context, config: RoutesConfig) -> Offic
     root = Path(config.folder).absolute() if config.folder else home_folder() / "files"
     return Office(
         queue=Queue(database, unfinished=config.unfinished),
-        shelf=Shelf(database, root, most_bytes=config.tenant_bytes),
+        shelf=Shelf(database, root, most_bytes=config.tenant_bytes, most_files=config.tenant_files),
         add_usage=context.store.add_usage,
         gateway=context.config,
         service=context.service,

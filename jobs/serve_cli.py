@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jobs.options import FormatName, notice, pairs_of, present, scalars_of
+from serving.errors import ConfigError
 
 EXAMPLE = "Example: spanfill serve --model demo-codegen25 --port 8000"
 ROUTES: dict[str, dict[str, Any]] = {"jobs.routes:routes": {}}
@@ -52,8 +53,23 @@ def serve(
         values["replicas"] = {**values.get("replicas", {}), "replicas": replicas}
     defaults = {"model": "demo-codegen25", "gateways": 1, "routes": ROUTES, "open_until_tenants": _is_loopback(host)}
     parsed = AppConfig.parse(defaults | values, where=str(config or "options"))
+    _check(host, gateways=parsed.gateways, is_open=parsed.open_until_tenants)
     notice(parsed.model, console, engine=parsed.engine, made="completion")
-    serve_until_stopped(parsed, host=host, port=port, say=lambda text: console.print(escape(text), soft_wrap=True))
+    code = serve_until_stopped(
+        parsed, host=host, port=port, say=lambda text: console.print(escape(text), highlight=False, soft_wrap=True)
+    )
+    raise typer.Exit(code)
+
+
+def _check(host: str, *, gateways: int, is_open: bool) -> None:
+    """Raise ``ConfigError`` for a file that says what the address forbids, or that serves nobody."""
+    if is_open and not _is_loopback(host):
+        raise ConfigError(
+            f"open_until_tenants = true, and {host} is not only for this machine.",
+            remedy="Leave it out, and make a tenant first: spanfill tenants create NAME.",
+        )
+    if gateways == 0:
+        raise ConfigError("gateways = 0: nobody would answer HTTP.", remedy="Leave it out, or set 1.")
 
 
 def _is_loopback(host: str) -> bool:

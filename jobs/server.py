@@ -8,53 +8,60 @@ import ray
 from ray import serve
 
 from jobs.signals import Signals, interruptible
-from serving.app import APP, AppConfig, assemble
+from serving.app import APP, DEPLOYMENT, AppConfig, assemble
 from serving.errors import ConfigError, EngineError
-from serving.fleet import connected
-from serving.tenants.database import refuse_embedded
+from serving.fleet import RESOURCE_WAIT_SECONDS, connected, last_words
 from serving.tenants.store import open_store
 
 POLL_SECONDS = 0.25
 QUIET_LOGS = {"log_level": "ERROR", "enable_access_log": False}
 
 
-def serve_until_stopped(config: AppConfig, *, host: str, port: int, say: Callable[[str], None]) -> None:
+def serve_until_stopped(config: AppConfig, *, host: str, port: int, say: Callable[[str], None]) -> int:
     """Start the application, say where it listens, and end it at SIGINT or SIGTERM, when what runs has ended.
 
-    Raises ``ConfigError`` for a port that is taken or a server for others without a tenant, ``EngineError`` when the
-    engine does not start.
+    Returns the exit code that the signal asks for, 130 or 143. Raises ``ConfigError`` for a port that is taken or a
+    server for others without a tenant, ``EngineError`` when the engine does not start.
     """
     _check_port(host, port)
-    store = open_store()
-    tenants = [tenant for tenant in store.tenants() if tenant.revoked is None]
-    store.close()
-    if not tenants and not config.open_until_tenants:
+    has_tenants = _has_tenants()
+    if not has_tenants and not config.open_until_tenants:
         raise ConfigError(
             f"there is no tenant, and {host} is not only for this machine.",
             remedy="Make one first: spanfill tenants create NAME. Or listen on 127.0.0.1.",
         )
     with interruptible() as stop, connected():
-        refuse_embedded(None, len([node for node in ray.nodes() if node["Alive"]]) if config.gateways > 1 else 1)
         serve.start(logging_config=QUIET_LOGS, http_options={"host": host, "port": port})
         say("starting the engine")
         application = assemble(config, app=APP)
         target = serve.RunTarget(target=application, name=APP, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         try:
-            if _is_running(stop):
+            if _is_running(stop, config.replicas.replicas, say):
                 say(f"{config.model} at http://{host}:{port} (OpenAPI: /docs)")
                 say(f"jobs join with RAY_ADDRESS={ray.get_runtime_context().gcs_address}")
-                if not tenants:
+                if not has_tenants:
                     say("no key is asked for yet. Make a tenant and its key: spanfill tenants create NAME")
                 while not stop.came:
                     time.sleep(POLL_SECONDS)
             say("stopping: what runs may finish")
         finally:
             serve.delete(APP)
+    return stop.exit_code
 
 
-def _is_running(stop: Signals) -> bool:
+def _has_tenants() -> bool:
+    """Whether there is a tenant: a revoked one is one, since then a gateway asks for keys."""
+    store = open_store()
+    try:
+        return bool(store.tenants())
+    finally:
+        store.close()
+
+
+def _is_running(stop: Signals, replicas: int, say: Callable[[str], None]) -> bool:
     """Wait until the application runs; False when it is to stop before. Raises ``EngineError``."""
+    patience = time.monotonic() + RESOURCE_WAIT_SECONDS
     while not stop.came:
         time.sleep(POLL_SECONDS)
         app = serve.status().applications.get(APP)
@@ -62,8 +69,21 @@ def _is_running(stop: Signals) -> bool:
             return True
         if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             words = [d.message for d in app.deployments.values() if d.message] or [app.message]
-            raise EngineError(f"the application did not start: {words[0]}", remedy="Ray's logs say more.")
+            raise EngineError(f"the application did not start: {last_words(words[0])}", remedy="Ray's logs say more.")
+        if time.monotonic() > patience:
+            deployment = app.deployments.get(DEPLOYMENT) if app else None
+            running = deployment.replica_states.get("RUNNING", 0) if deployment else 0
+            say(f"still waiting: {running} of {replicas} engines run; {_room()}")
+            patience = time.monotonic() + RESOURCE_WAIT_SECONDS
     return False
+
+
+def _room() -> str:
+    """What of the cluster nobody holds."""
+    free, total = ray.available_resources(), ray.cluster_resources()
+    return ", ".join(
+        f"{free.get(kind, 0):g} of {total[kind]:g} {kind} are free" for kind in ("CPU", "GPU") if kind in total
+    )
 
 
 def _check_port(host: str, port: int) -> None:

@@ -14,6 +14,7 @@ from serving.errors import ConfigError
 from serving.models import resolve_model
 from serving.replica import Replica
 from serving.router import LaneRouter
+from serving.weights import resolve_revision
 
 APP = "spanfill"
 """The name of the application that ``deploy/serve.yaml`` and ``spanfill serve`` run."""
@@ -23,7 +24,9 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
 GPU_ROWS_BESIDE, CPU_ROWS_BESIDE = 4, 1
 """Batch rows that go on in an engine while it serves people, unless told otherwise: on a CPU each slows every step."""
 
-GATEWAY_CORES = 0.1
+GATEWAY_CORES = 0.0
+"""What a gateway asks of Ray: nothing, since without GPUs the replicas are given all cores of their node."""
+
 GATEWAY_REQUESTS = 2_000
 HEALTH_CHECK_PERIOD_S = 1.0
 """Serve starts a replica again after three failed checks in a row."""
@@ -144,14 +147,31 @@ def build_app(args: dict[str, Any]) -> Application:
     return assemble(AppConfig.parse(args, where="serve.yaml args"), app=APP)
 
 
+def pinned(config: AppConfig) -> AppConfig:
+    """The same with the commit that a hub's revision stands for now: jobs ask for that, and join by it."""
+    if config.engine != "vllm":
+        return config
+    model = resolve_model(config.model, format=config.format, revision=config.revision)
+    return config.model_copy(update={"revision": resolve_revision(model)})
+
+
 def assemble(config: AppConfig, *, app: str) -> Application:
-    """The replicas, behind gateways if there are to be some, placed on the nodes that are alive now."""
+    """The replicas, behind gateways if there are to be some, placed on the nodes that are alive now.
+
+    Raises ``ConfigError``, for several gateways on several nodes with an embedded database too, and ``ModelError``.
+    """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    replica = place(config.replicas, nodes)
+    from serving.tenants.database import refuse_embedded
+
+    config = pinned(config)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if config.gateways > 1:
+        refuse_embedded(None, [node["NodeManagerHostname"] for node in nodes])
+    replica = place(config.replicas, [node["Resources"] for node in nodes])
     if config.gateways and replica.rows_beside is None:
-        replica = replica.model_copy(update={"rows_beside": GPU_ROWS_BESIDE if replica.use_gpu else CPU_ROWS_BESIDE})
+        on_cpu = config.engine == "vllm" and not replica.use_gpu
+        replica = replica.model_copy(update={"rows_beside": CPU_ROWS_BESIDE if on_cpu else GPU_ROWS_BESIDE})
     replicas = build(config.engine_config(), replica)
     return with_gateways(replicas, config, replica, app=app) if config.gateways else replicas
 

@@ -37,6 +37,7 @@ class RoutesConfig(Frozen):
     batch_bytes: int = Field(200 << 20, ge=1)
     batch_lines: int = Field(50_000, ge=1)
     tenant_bytes: int = Field(20 << 30, ge=1)
+    tenant_files: int = Field(10_000, ge=1)
     unfinished: int = Field(64, ge=1)
     kept_seconds: float = Field(30 * DAY, gt=0)
     window_seconds: float = Field(DAY, gt=0)

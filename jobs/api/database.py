@@ -1,5 +1,6 @@
 """Files and works in the database of tenants: sessions, ids that nobody guesses, rows that only their tenant finds."""
 
+import hashlib
 import re
 import secrets
 import threading
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sqlalchemy import URL, ColumnElement, and_, or_, select
+from sqlalchemy import URL, BigInteger, ColumnElement, and_, func, literal, or_, select
 from sqlalchemy.orm import Session
 
 from serving.errors import NotFoundError
@@ -64,6 +65,16 @@ class Database:
             if not self._is_prepared:
                 prepare(self._engine)
                 self._is_prepared = True
+
+
+def take_turns(session: Session, tenant: str) -> None:
+    """Let others who count what a tenant has, before they add to it, wait for this transaction's end.
+
+    On SQLite every transaction that writes is alone anyway.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        number = int.from_bytes(hashlib.blake2b(tenant.encode(), digest_size=8).digest(), signed=True)
+        session.execute(select(func.pg_advisory_xact_lock(literal(number, BigInteger))))
 
 
 def find_row(session: Session, table: type[Row], row_id: str, *mine: ColumnElement[bool], lock: bool = False) -> Row:

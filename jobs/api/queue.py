@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, and_, case, func, or_, select
 from sqlalchemy.orm import Session
 
-from jobs.api.database import Database, Page, find_row, read_page
+from jobs.api.database import Database, Page, find_row, read_page, take_turns
 from jobs.api.order import Kind
 from serving.errors import LeaseLostError, LimitError, UsageError
 from serving.tenants.tables import WorkRow
@@ -19,6 +19,9 @@ from serving.tenants.tables import WorkRow
 LEASE_SECONDS = 30.0
 WAIT_SECONDS = 60.0
 """When a tenant with too many unfinished works is told to come again."""
+
+GONE_SECONDS = 600.0
+"""When a work that is cut short is ended by any gateway, although none that serves its model has come."""
 
 Status = Literal[
     "queued", "validating", "in_progress", "finalizing", "cancelling", "completed", "failed", "expired", "cancelled"
@@ -63,6 +66,7 @@ class Queue:
         """Put a new work in its tenant's place; raises ``LimitError`` when the tenant has too many unfinished ones."""
         own = WorkRow.tenant == work.tenant
         with self._database.session(writes=True) as session:
+            take_turns(session, work.tenant)
             waiting = session.scalar(select(func.count()).where(own, WorkRow.status.in_(UNFINISHED))) or 0
             if waiting >= self._unfinished:
                 raise LimitError(
@@ -117,14 +121,14 @@ class Queue:
     def claim(self, holder: str, models: Sequence[str], *, closing: bool) -> WorkRow | None:
         """Take a work of one of the models that nobody holds: one that a dead gateway had begun, else whose turn it is.
 
-        With ``closing``, one that was cancelled or whose time is over.
+        With ``closing``, one that was cancelled or whose time is over; of any model, once it has waited for long.
         """
         now = self.clock()
         begun = case((WorkRow.status == "queued", 1), else_=0)
         query = (
             select(WorkRow)
-            .where(WorkRow.status.in_(UNFINISHED), WorkRow.model.in_(models), WorkRow.ready <= now)
-            .where(_free(now), _due(now, closing=closing))
+            .where(WorkRow.status.in_(UNFINISHED), WorkRow.ready <= now)
+            .where(_of(models, now, closing=closing), _free(now), _due(now, closing=closing))
             .order_by(begun, WorkRow.turn, WorkRow.created)
             .limit(1)
         )
@@ -177,6 +181,15 @@ def _own(tenant: str, kind: Kind) -> tuple[ColumnElement[bool], ColumnElement[bo
 
 def _free(now: float) -> ColumnElement[bool]:
     return or_(WorkRow.held_until.is_(None), WorkRow.held_until < now)
+
+
+def _of(models: Sequence[str], now: float, *, closing: bool) -> ColumnElement[bool]:
+    ours = WorkRow.model.in_(models)
+    if not closing:
+        return ours
+    long_ago = now - GONE_SECONDS
+    cancelled = and_(WorkRow.status == "cancelling", WorkRow.ready <= long_ago)
+    return or_(ours, cancelled, WorkRow.expires <= long_ago)
 
 
 def _due(now: float, *, closing: bool) -> ColumnElement[bool]:

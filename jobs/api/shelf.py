@@ -12,7 +12,7 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
-from jobs.api.database import Database, Page, find_row, read_page
+from jobs.api.database import Database, Page, find_row, read_page, take_turns
 from jobs.api.order import WorkFolder
 from serving.errors import DatabaseAwayError, ForbiddenError, NotFoundError
 from serving.tenants.tables import FileRow, WorkRow
@@ -23,15 +23,18 @@ STALE_SECONDS = 86_400.0
 
 
 class Shelf:
-    """Files by their tenants; ``most_bytes`` is what each may store. Every method raises ``DatabaseAwayError``.
+    """Files by their tenants, each of whom may store ``most_bytes`` in ``most_files``.
+
+    Every method raises ``DatabaseAwayError``.
 
     Nothing that a tenant sends becomes part of a path: folders are named by a hash of the tenant, files by their ids.
     """
 
-    def __init__(self, database: Database, root: Path, *, most_bytes: int) -> None:
+    def __init__(self, database: Database, root: Path, *, most_bytes: int, most_files: int) -> None:
         self._database = database
         self._root = root
-        self._most = most_bytes
+        self._most_bytes = most_bytes
+        self._most_files = most_files
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -64,9 +67,14 @@ class Shelf:
     def room(self, tenant: str) -> int:
         """Bytes that the tenant may store besides what it has; raises ``ForbiddenError`` when there are none."""
         with self._database.session() as session:
-            left = self._most - _stored(session, tenant)
+            return self._room(session, tenant)
+
+    def _room(self, session: Session, tenant: str) -> int:
+        left = self._most_bytes - _stored(session, tenant)
         if left <= 0:
             raise self._full()
+        if (session.scalar(select(func.count()).where(FileRow.tenant == tenant)) or 0) >= self._most_files:
+            raise ForbiddenError(f"The tenant may store {self._most_files:,} files.", remedy="Delete some.")
         return left
 
     def store(self, file: FileRow, source: Path) -> FileRow:
@@ -74,7 +82,8 @@ class Shelf:
         place(source, self.path(file))
         try:
             with self._database.session(writes=True) as session:
-                if _stored(session, file.tenant) + file.bytes > self._most:
+                take_turns(session, file.tenant)
+                if file.bytes > self._room(session, file.tenant):
                     raise self._full()
                 session.add(file)
         except (ForbiddenError, DatabaseAwayError):
@@ -134,8 +143,8 @@ class Shelf:
 
     def _full(self) -> ForbiddenError:
         return ForbiddenError(
-            f"The tenant may store {self._most:,} bytes.",
-            remedy="Delete files or finished jobs, or wait for their end.",
+            f"The tenant may store {self._most_bytes:,} bytes, what its batches and jobs read included.",
+            remedy="Delete files or finished jobs, or wait for the end of others.",
         )
 
 
@@ -152,7 +161,7 @@ def place(source: Path, target: Path) -> None:
 
 
 def _stored(session: Session, tenant: str) -> int:
-    """Bytes of a tenant's files and of its finished jobs' results."""
+    """Bytes of a tenant's files, of what its batches and jobs read, and of its finished jobs' results."""
     files = select(func.coalesce(func.sum(FileRow.bytes), 0)).where(FileRow.tenant == tenant)
     works = select(func.coalesce(func.sum(WorkRow.bytes), 0)).where(WorkRow.tenant == tenant)
     return int(session.scalar(files) or 0) + int(session.scalar(works) or 0)

@@ -47,6 +47,8 @@ def submit(work: WorkRow, file: FileRow | None, weight: float, shelf: Shelf, que
     try:
         if file is not None:
             place(shelf.path(file), folder.source(kind_of(work)))
+            work.bytes = file.bytes
+        work.details = {**work.details, "weight": weight}
         return queue.submit(work, weight=weight)
     except BaseException as error:
         shutil.rmtree(folder.path, ignore_errors=True)

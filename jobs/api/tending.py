@@ -17,7 +17,7 @@ from jobs.api.queue import Status
 from jobs.status import Status as JobState
 from jobs.status import read_status
 from jobs.store import locate, publish_bytes
-from serving.errors import LeaseLostError, SpanfillError
+from serving.errors import DamagedStateError, LeaseLostError, ModelNotFoundError, SpanfillError
 from serving.tenants.tables import FileRow, WorkRow
 from serving.tenants.usage import UsageRecord
 
@@ -66,6 +66,14 @@ class Tending:
         if not self._folder.order.exists():
             order = self._office.order(self._work, self._folder)
             publish_bytes(locate(str(self._folder.order)), order.model_dump_json().encode())
+
+    def _is_prepared(self) -> bool:
+        """Whether there is an order; there is none for a model that was never begun here and is served no more."""
+        try:
+            self._prepare()
+        except ModelNotFoundError:
+            return False
+        return True
 
     def _cut_short(self) -> Cut | None:
         """Why the work is to end however far it is, if it is."""
@@ -118,7 +126,7 @@ class Tending:
     def _meter(self, partial: Sequence[UnitUsage] = ()) -> None:
         """Count what units used that have been finished since the last time, and ``partial``."""
         work = self._work
-        for unit in [*finished_units(self._folder, self._metered), *partial]:
+        for unit in [*self._finished_units(), *partial]:
             tokens = [getattr(unit, name) for name in COUNTED]
             record = UsageRecord(
                 work.tenant, work.key, work.model, *tokens, self._office.queue.clock(), work.id, unit.rows
@@ -126,6 +134,13 @@ class Tending:
             self._office.add_usage(f"{work.id}/{unit.name}", [(1, record)])
             self._metered.add(unit.name)
             self._used = {name: self._used[name] + more for name, more in zip(COUNTED, tokens, strict=True)}
+
+    def _finished_units(self) -> list[UnitUsage]:
+        try:
+            return list(finished_units(self._folder, self._metered))
+        except DamagedStateError as error:  # The work fails by it; that it does must not fail.
+            logger.warning("not all that %s used can be counted: %s", self._work.id, error)
+            return []
 
     def _ran(self, code: int) -> None:
         """See what a process that was not cut short has come to."""
@@ -141,11 +156,9 @@ class Tending:
         """End a work that is cut short; what is done of a batch is delivered, parts of a job stay."""
         cut = self._cut_short()
         assert cut is not None
-        if not self._is_batch:
+        if not self._is_batch or not self._is_prepared():
             self._end(cut)
-            return
-        self._prepare()
-        if self._watch(cut) == 0:
+        elif self._watch(cut) == 0:
             self._settle(cut)
         else:
             self._release(HELD_SECONDS)

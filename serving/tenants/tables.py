@@ -148,7 +148,8 @@ class WorkRow(Table):
     """A batch or job that runs in the background, and who holds it until when: ``holder``, ``held_until``.
 
     ``details`` is what was asked for, ``told`` what has come of it. ``turn`` orders those that wait; none begins before
-    ``ready``. ``tries`` counts failures, ``bytes`` what its results take. ``source`` is a file's id or a URI.
+    ``ready``. ``tries`` counts failures, ``bytes`` what its input takes and, once it has ended, its results instead.
+    ``source`` is a file's id or a URI.
     """
 
     __tablename__ = "spanfill_works"

@@ -16,7 +16,7 @@ from jobs.api.shelf import Shelf
 from serving.errors import ConfigError, NotFoundError
 from serving.tenants.database import database_address
 from serving.tenants.tables import FileRow
-from tests.jobs.routed import IDLE, as_tenant, routed, upload
+from tests.jobs.routed import IDLE, as_tenant, ask, create_batch, routed, upload
 from tests.serving.tenants.conftest import Clock
 
 MIB = 1 << 20
@@ -221,6 +221,26 @@ def test_a_tenant_stores_so_much_and_no_more(home: Path) -> None:
     assert sum(path.stat().st_size for path in stored(home)) == 160
 
 
+def test_what_a_batch_reads_counts_until_it_ends() -> None:
+    with routed(IDLE.model_copy(update={"tenant_bytes": 400})) as client:
+        batch = create_batch(client, ask("a"))
+        size = client.get(f"/v1/files/{batch['input_file_id']}").json()["bytes"]
+        client.delete(f"/v1/files/{batch['input_file_id']}")
+        assert post(client, form(b"x" * (401 - size))).status_code == 413
+        upload(client, b"x" * (400 - size))
+
+
+def test_a_tenant_stores_so_many_files_and_no_more() -> None:
+    with routed(IDLE.model_copy(update={"tenant_files": 2})) as client:
+        first = upload(client, b"x")
+        upload(client, b"x")
+        full = post(client, form(b"x"))
+        assert (full.status_code, "2 files" in full.text) == (403, True)
+        upload(client, b"x", tenant="zeta")
+        client.delete(f"/v1/files/{first}")
+        upload(client, b"x")
+
+
 def test_a_file_is_kept_for_as_long_as_was_asked(client: TestClient) -> None:
     def sent(seconds: str, anchor: str = "created_at") -> Any:
         fields = {"purpose": "batch", "expires_after[anchor]": anchor, "expires_after[seconds]": seconds}
@@ -234,7 +254,7 @@ def test_a_file_is_kept_for_as_long_as_was_asked(client: TestClient) -> None:
 
 def test_an_old_file_is_gone_at_once_and_swept_later(home: Path) -> None:
     clock = Clock()
-    shelf = Shelf(Database(database_address(), clock=clock), home / "files", most_bytes=MIB)
+    shelf = Shelf(Database(database_address(), clock=clock), home / "files", most_bytes=MIB, most_files=9)
     row = FileRow(
         id=new_id("file-"), tenant="acme", key="k", purpose="batch", name="x", bytes=1, created=clock.now,
         expires=clock.now + 10,

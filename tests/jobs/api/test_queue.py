@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.api.database import Database, Page
-from jobs.api.queue import LEASE_SECONDS, Queue, next_turn
+from jobs.api.queue import GONE_SECONDS, LEASE_SECONDS, Queue, next_turn
 from jobs.api.submission import new_work
 from serving.errors import LeaseLostError, LimitError, NotFoundError, UsageError
 from serving.tenants.caller import Caller
@@ -196,6 +197,35 @@ def test_a_model_that_is_not_served_here_is_left_to_others(queue: Queue) -> None
     submit(queue, "acme")
     assert queue.claim("here", ["other"], closing=False) is None
     assert queue.claim("here", [], closing=False) is None
+
+
+def test_the_bound_holds_for_who_submit_at_once(database: Database) -> None:
+    queue = Queue(database, unfinished=3)
+
+    def is_taken(_: int) -> bool:
+        try:
+            submit(queue, "acme")
+        except LimitError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(5) as pool:
+        assert sum(pool.map(is_taken, range(15))) == 3
+    assert len(queue.page("acme", "batch", Page(10))[0]) == 3
+
+
+def test_what_is_cut_short_ends_although_its_model_is_served_no_more(queue: Queue, clock: Clock) -> None:
+    expiring, cancelled = submit(queue, "acme", seconds=10), submit(queue, "acme", seconds=10_000)
+    queue.cancel("acme", "batch", cancelled.id)
+    clock.now += GONE_SECONDS
+    found = queue.claim("here", ["other"], closing=True)
+    assert found is not None
+    assert found.id == cancelled.id
+    assert queue.claim("here", ["other"], closing=True) is None
+    clock.now += 10
+    found = queue.claim("here", ["other"], closing=True)
+    assert found is not None
+    assert found.id == expiring.id
 
 
 def test_pages_go_on_behind_the_last_one(queue: Queue, clock: Clock) -> None:
