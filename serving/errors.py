@@ -85,6 +85,10 @@ class FormatError(ModelError):
     code = "no_infill"
 
 
+class NoInfillError(FormatError):
+    """A suffix for a model that has no control tokens for infilling."""
+
+
 class VersionError(UsageError):
     """Nodes of one cluster run different versions, or stored state is of a format that this version cannot read."""
 

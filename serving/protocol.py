@@ -68,6 +68,7 @@ class MicroBatch:
 
     ``patience`` is what the caller's measured pace allows an engine to stand still, in seconds: it counts where the
     replica has measured nothing of its own yet, as after a restart. ``lane`` says which of the replicas is meant.
+    ``weight`` is the share of the tenant, which ``cache_salt`` stands for, beside other tenants' batch rows.
     """
 
     requests: tuple[Request, ...]
@@ -77,6 +78,7 @@ class MicroBatch:
     alone: bool = False
     patience: float | None = None
     lane: int | None = None
+    weight: float = 1.0
 
 
 Alternatives: TypeAlias = tuple[tuple[int, float], ...]
@@ -148,6 +150,10 @@ class Growth:
     cached_tokens: int = 0
     error_code: str | None = None
     error_message: str | None = None
+
+    def __reduce__(self) -> tuple[type["Growth"], tuple[Any, ...]]:
+        grown = (self.key, self.sample, self.token_ids, self.logprobs, self.alternatives, self.finish_reason)
+        return Growth, (*grown, self.stop_token_id, self.cached_tokens, self.error_code, self.error_message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ class Ask:
     The prompt is ``token_ids`` as they are, else the texts: ``suffix`` None is a causal completion, an empty one an
     infill at the end of the text; ``behind`` follows the prompt's last control token (llama.cpp's ``prompt``).
     ``max_tokens`` 0 computes the prompt and generates nothing. ``logprobs`` is the number of alternatives beside each
-    token (0: the token's own), None for none. ``seconds`` is when the answer is cut once it holds a line feed.
+    token (0: the token's own), None for none. ``seconds`` is when the answer is cut once it holds a line feed. What is
+    ``reported`` tells its prompt as the engine saw it, and the time to its first token apart from the rest.
     """
 
     prefix: str = ""
@@ -52,6 +53,7 @@ class Ask:
     logprobs: int | None = None
     echo: bool = False
     seconds: float | None = None
+    reported: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds: until the first token came, and from there to the end."""
+    """Seconds: until the first token came, and from there to the end; all in the first where it is not reported."""
 
     prompt: float = 0.0
     completion: float = 0.0
@@ -117,7 +119,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """All choices of a request; ``prompts`` are the prompts' texts, control tokens visible."""
+    """All choices of a request; ``prompts`` are the prompts' texts, control tokens visible, of a reported one."""
 
     choices: tuple[Choice, ...]
     usage: Usage
@@ -128,7 +130,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """What a stream ends with, behind its last piece."""
+    """What a stream ends with, behind its last piece; ``prompts`` are as in ``Answer``."""
 
     usage: Usage
     truncated: bool = False
@@ -166,8 +168,9 @@ class Service(Protocol):
     async def answer(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
         """Answer all at once.
 
-        Raises ``UsageError`` for what cannot be asked, ``LimitError`` above a limit, ``OverloadedError`` when too many
-        wait, ``EngineError`` when the engine fails. Cancelling it frees the engine.
+        Raises ``UsageError`` for what cannot be asked (``NoInfillError``: a suffix where the model cannot infill),
+        ``LimitError`` above a limit, ``OverloadedError`` when too many wait, ``EngineError`` when the engine fails.
+        Cancelling it frees the engine.
         """
 
     def stream(self, asks: Sequence[Ask], caller: Caller, model: str) -> AsyncIterator[Piece | End]:

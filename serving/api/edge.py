@@ -1,16 +1,21 @@
 """What surrounds every request: its body is bounded, its answer says how the caller stands, its times are counted."""
 
+import asyncio
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from starlette.exceptions import HTTPException
+from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.metrics import Metrics
 
-MOST_BODY = 16 << 20
+MOST_BODY = 4 << 20
 """Bytes of a request's body; a route that takes larger ones (files) is named in ``larger``."""
+
+GONE, FAILED = 499, 500
+"""How a request is counted whose client went away, and one that raised what nobody expected."""
 
 
 @dataclass(slots=True)
@@ -27,7 +32,7 @@ noted: ContextVar[Noted | None] = ContextVar("noted", default=None)
 class Edge:
     """ASGI middleware; ``larger`` gives the bytes that the bodies of some paths may have instead of ``MOST_BODY``."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, larger: dict[str, int] | None = None) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, larger: Mapping[str, int] | None = None) -> None:
         self._app = app
         self._metrics = metrics
         self._larger = larger or {}
@@ -39,7 +44,7 @@ class Edge:
             return
         about, started = Noted(), time.monotonic()
         token = noted.set(about)
-        status = 499  # Nothing was answered: the client went away.
+        status = FAILED
 
         async def sent(message: Message) -> None:
             nonlocal status
@@ -51,6 +56,9 @@ class Edge:
 
         try:
             await self._app(scope, _bounded(scope, receive, self._most(scope)), sent)
+        except asyncio.CancelledError:
+            status = GONE
+            raise
         finally:
             noted.reset(token)
             self._metrics.answered(_route(scope), status, time.monotonic() - started)
@@ -60,7 +68,10 @@ class Edge:
 
 
 def _bounded(scope: Scope, receive: Receive, most: int) -> Receive:
-    """``receive`` that refuses a body of more than ``most`` bytes, by its header or as it comes."""
+    """``receive`` that refuses a body of more than ``most`` bytes, by its header or as it comes.
+
+    The error must be FastAPI's own: of any other it would make that the body cannot be read.
+    """
     seen = 0
     told = dict(scope["headers"]).get(b"content-length", b"0")
 

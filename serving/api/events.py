@@ -8,6 +8,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serving.api.ask import End, Piece
+from serving.api.parts import LIMIT_HEADERS
 from serving.errors import SpanfillError
 
 Tell = Callable[[Piece | End], Iterable[str]]
@@ -78,5 +79,6 @@ async def _followed(first: str, lines: AsyncIterator[str], apologise: Apologise)
 
 
 def described(media_type: str, description: str) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI tells of a route's streamed answer."""
-    return {200: {"description": description, "content": {media_type: {"schema": {"type": "string"}}}}}
+    """What OpenAPI tells of the answer of a route that may stream it."""
+    content = {media_type: {"schema": {"type": "string"}}}
+    return {200: {"description": description, "content": content, "headers": LIMIT_HEADERS}}

@@ -71,7 +71,11 @@ Tokens = Annotated[int, Field(strict=True, ge=0, le=MOST_TOKENS), INTEGRAL]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
-Repetition = Annotated[Number, Field(gt=0, le=10)]
+Repetition = Annotated[Number, Field(ge=0.01, le=10)]
+"""Not down to 0: an engine divides by it, and what is no number in its logits may end it."""
+
+Temperature = Annotated[Number, Field(ge=0, le=2)]
+"""vLLM's bounds."""
 
 StopWord = Annotated[str, Field(max_length=MOST_STOP_CHARS), AfterValidator(_whole)]
 Stop = Annotated[
@@ -85,7 +89,7 @@ class Sampled(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
+    temperature: Temperature | None = None
     top_p: Share | None = None
     top_k: Integer | None = None
     min_p: Share | None = None

@@ -1,30 +1,25 @@
 """The gateway: a Ray Serve deployment that answers HTTP with the replicas of its application."""
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, FastAPI
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serving.api import llamacpp, mistral, ollama, openai
+from serving.api.application import application
 from serving.api.ask import ServedModel, Service, Usage
-from serving.api.edge import Edge
+from serving.api.door import Door
 from serving.api.metrics import Metrics
 from serving.api.parts import WhoCalls
-from serving.api.replies import install
 from serving.api.service import Engines, FleetService
 from serving.app import AppConfig, function_of
 from serving.config import Frozen
-from serving.engine_args import installed_version
-from serving.errors import AuthenticationError
 from serving.formats import load_format
 from serving.models import Model
 from serving.protocol import EngineInfo, EngineStats
@@ -41,13 +36,6 @@ LOOK_SECONDS = 2.0
 
 STALE_SECONDS = 10.0
 """Without a reading for so long the gateway is not healthy."""
-
-OPEN_CALLER = Caller(tenant="local", key="none", role="admin")
-"""Everybody, on loopback before there is any tenant."""
-
-HOW_TO_MAKE_ONE = "Make a tenant and its key with: spanfill tenants create NAME"
-
-logger = logging.getLogger(__name__)
 
 
 class GatewayConfig(Frozen):
@@ -102,31 +90,6 @@ def served(model: Model, name: str, context: int) -> ServedModel:
     )
 
 
-class Door:
-    """Tells who calls: by ``Authorization: Bearer``, ``x-api-key`` or ``api-key``, or nobody on an open server."""
-
-    def __init__(self, directory: Directory, store: TenantStore, *, open_until_tenants: bool) -> None:
-        self._directory = directory
-        self._store = store
-        self._open = open_until_tenants
-
-    async def __call__(self, request: Request) -> Caller:
-        """The FastAPI dependency; raises ``AuthenticationError``."""
-        key = _key_of(request)
-        if key is not None:
-            return await self._directory.caller(key)
-        if self._open and not await asyncio.to_thread(self._store.tenants):
-            return OPEN_CALLER
-        raise AuthenticationError("no key was sent.", remedy=f"Send Authorization: Bearer KEY. {HOW_TO_MAKE_ONE}")
-
-
-def _key_of(request: Request) -> str | None:
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and key.strip():
-        return key.strip()
-    return request.headers.get("x-api-key") or request.headers.get("api-key") or None
-
-
 class Watch:
     """Reads the replicas every ``LOOK_SECONDS`` and tells the desk what they hold."""
 
@@ -146,16 +109,19 @@ class Watch:
         """What the replicas that answer hold together; none when none does."""
         if self.info is None:
             _, self.info = await self._handle.describe.remote()
-        answers = [self._handle.stats.remote(lane) for lane in range(self._replicas)]
-        found: dict[str, EngineStats] = {}
-        for answer in answers:
-            with suppress(RayError, RayServeException, TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
-                    found |= dict([await answer])
-        if found:
+        readings = await asyncio.gather(*(self._reading(lane) for lane in range(self._replicas)))
+        if found := dict(reading for reading in readings if reading is not None):
             self._read = time.monotonic()
             self._metrics.read(found)
         return Capacity(len(found) * self.info.max_num_seqs, len(found) * self.info.kv_cache_tokens)
+
+    async def _reading(self, lane: int) -> tuple[str, EngineStats] | None:
+        """A replica's name and its engine's reading, unless it is lost or slow."""
+        with suppress(RayError, RayServeException, TimeoutError):
+            async with asyncio.timeout(LOOK_SECONDS):
+                found: tuple[str, EngineStats] = await self._handle.stats.remote(lane)
+                return found
+        return None
 
     async def keep(self, desk: Desk) -> None:
         """Until it is cancelled."""
@@ -203,39 +169,32 @@ class Gateway:
         return self._app()
 
     def _app(self) -> FastAPI:
-        @asynccontextmanager
-        async def life(_: FastAPI) -> AsyncIterator[None]:
-            watching = asyncio.ensure_future(self._watch.keep(self._desk))
-            yield
-            watching.cancel()
-            await self._desk.close()
-            await asyncio.to_thread(self._meter.close)
-            self._directory.close()
-
-        door = Door(self._directory, self._store, open_until_tenants=self._config.open_until_tenants)
-        app = FastAPI(title="spanfill", version=installed_version("spanfill"), lifespan=life)
-        install(app)
-        for dialect in (openai, mistral, llamacpp, ollama):
-            app.include_router(dialect.router(self._service, door))
+        has_tenants = (lambda: bool(self._store.tenants())) if self._config.open_until_tenants else None
+        door = Door(self._directory.caller, has_tenants=has_tenants)
         context = Context(self._config, self._service, door, self._store, self._meter, self._application)
-        larger: dict[str, int] = {}
-        for name, settings in self._application.routes.items():
-            make: MakeRoutes = function_of(name)
-            added = make(context, settings)
-            app.include_router(added.router)
-            larger |= added.larger
-        app.add_middleware(Edge, metrics=self._metrics, larger=larger)
-        self._add_own(app)
-        return app
+        added = [_made(name, settings, context) for name, settings in self._application.routes.items()]
+        return application(
+            self._service,
+            door,
+            self._metrics,
+            is_healthy=lambda: self._watch.is_healthy,
+            routers=[routes.router for routes in added],
+            larger={path: most for routes in added for path, most in routes.larger.items()},
+            lifespan=self._life,
+        )
 
-    def _add_own(self, app: FastAPI) -> None:
-        @app.get("/health", tags=["Operation"], responses={503: {"description": "No engine is ready."}})
-        async def health() -> Response:
-            """Whether an engine answers."""
-            healthy = self._watch.is_healthy
-            return JSONResponse({"status": "ok" if healthy else "loading model"}, 200 if healthy else 503)
+    @asynccontextmanager
+    async def _life(self, _: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.ensure_future(self._watch.keep(self._desk))
+        yield
+        watching.cancel()
+        await self._desk.close()
+        await asyncio.to_thread(self._meter.close)
+        self._directory.close()
+        await asyncio.to_thread(self._store.close)
 
-        @app.get("/metrics", tags=["Operation"], response_class=Response)
-        async def metrics() -> Response:
-            """Figures in Prometheus' text format."""
-            return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+def _made(name: str, settings: dict[str, Any], context: Context) -> Routes:
+    """What another package adds, by the name of its function."""
+    make: MakeRoutes = function_of(name)
+    return make(context, settings)

@@ -31,7 +31,7 @@ from serving.api.infilled import Infilled, infilled, picked
 from serving.api.margin import Margin
 from serving.api.parts import WhoCalls
 from serving.api.replies import POSTED, LlamaCppErrorReply, documented, llamacpp_error, problem_of
-from serving.errors import FormatError, SpanfillError
+from serving.errors import NoInfillError, SpanfillError
 from serving.tenants.caller import Caller
 
 MOST_EXTRA = 1_024
@@ -43,8 +43,8 @@ SNIPPET = "\n\n--- snippet ---\n\n"
 """What llama.cpp puts before each piece of extra context where a model has no token for it."""
 
 
-class NoInfillError(FormatError):
-    """The model has no control tokens for infilling: llama.cpp's clients know it by this status."""
+class NotSupportedError(NoInfillError):
+    """As ``NoInfillError``: llama.cpp's clients know it by this status."""
 
     http_status = 501
 
@@ -90,6 +90,7 @@ def ask_of(sent: InfillRequest, model: ServedModel) -> Ask:
         stop=stop_words(sent.stop),
         decoding=decoding(sent, DEFAULT),
         seconds=limit / 1_000 if limit > 0 else None,
+        reported=True,
     )
 
 
@@ -156,7 +157,7 @@ def router(service: Service, caller: WhoCalls) -> APIRouter:
         """Infill between `input_prefix` with `prompt`, and `input_suffix`."""
         model = service.model(sent.model, who)
         if not model.can_infill:
-            raise NoInfillError(f"{model.name} cannot infill.", remedy="GET /v1/models tells which models can.")
+            raise NotSupportedError(f"{model.name} cannot infill.", remedy="GET /v1/models tells which models can.")
         ask = ask_of(sent, model)
         telling = _Telling(sent, ask, model.name)
         if sent.stream:

@@ -76,7 +76,6 @@ class CompletionRequest(Sampled):
     prompt: Prompts | None
     suffix: Text | None = None
     max_tokens: Tokens | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     n: Samples | None = None
     best_of: Samples | None = None
     logprobs: Annotated[int, Field(strict=True, ge=0, le=5), INTEGRAL] | None = None

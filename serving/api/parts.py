@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -16,6 +16,18 @@ Finish = Literal["stop", "length"]
 
 FINISH: dict[Reason, Finish] = {"eom": "stop", "eos": "stop", "stop": "stop", "length": "length", "time": "length"}
 """Reasons as OpenAI and those who follow it know them; the finer one is an answer's ``spanfill_reason``."""
+
+
+LIMIT_HEADERS: dict[str, Any] = {
+    f"x-ratelimit-{part}-{of}": {"description": f"{meaning} {of} a minute.", "schema": {"type": kind}}
+    for of in ("requests", "tokens")
+    for part, meaning, kind in (
+        ("limit", "The closer one of the tenant's and the key's limits of", "integer"),
+        ("remaining", "What is left now of", "integer"),
+        ("reset", "How long until all is left, as `12ms`, `1.2s` or `1m0.5s`, of", "string"),
+    )
+}
+"""What OpenAPI tells of the headers that say how a caller with limits stands."""
 
 
 class PromptTokensDetails(BaseModel):

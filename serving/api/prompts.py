@@ -5,7 +5,7 @@ import secrets
 from dataclasses import dataclass
 
 from serving.api.ask import Ask
-from serving.errors import ConfigError, PromptTooLongError, UsageError
+from serving.errors import ConfigError, PromptTooLongError, SpanfillError, UsageError
 from serving.formats import Format
 from serving.protocol import Request, Sampling
 
@@ -38,7 +38,7 @@ def render(ask: Ask, fmt: Format, context: int) -> Rendered:
         )
     if ask.token_ids is not None:
         return Rendered(ask, _checked(ask.token_ids, fmt, room), truncated=False)
-    behind = tuple(fmt.tokenizer.encode(ask.behind)) if ask.behind else ()
+    behind = _behind(ask.behind, fmt) if ask.behind else ()
     try:
         prompt = fmt.prompt(
             ask.prefix, ask.suffix, max_tokens=max(1, ask.max_tokens) + len(behind), max_context=context
@@ -48,6 +48,14 @@ def render(ask: Ask, fmt: Format, context: int) -> Rendered:
     if prompt.truncated and ask.echo:
         raise _too_long("the prompt does not fit", context, ask.max_tokens)
     return Rendered(ask, (*prompt.token_ids, *behind), prompt.truncated)
+
+
+def _behind(text: str, fmt: Format) -> tuple[int, ...]:
+    """The ids of a text that stands where a completion begins."""
+    (ids,) = fmt.completions([text])
+    if isinstance(ids, SpanfillError):
+        raise ids
+    return tuple(ids)
 
 
 def _checked(token_ids: tuple[int, ...], fmt: Format, room: int) -> tuple[int, ...]:

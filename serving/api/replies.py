@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from serving.api.events import encoded, event
+from serving.api.parts import LIMIT_HEADERS
 from serving.errors import AuthenticationError, LimitError, SpanfillError
 
 MOST_TOLD = 3
@@ -187,7 +188,7 @@ async def _handle(request: Request, error: Exception) -> Response:
 
 def documented(*statuses: int, model: type[BaseModel] = ErrorReply) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's description of the errors that a route may answer with."""
-    waits = {429: {"headers": WAITS}, 503: {"headers": WAITS}}
+    waits = {429: {"headers": WAITS | LIMIT_HEADERS}, 503: {"headers": WAITS | LIMIT_HEADERS}}
     return {status: {"model": model, "description": MEANINGS[status], **waits.get(status, {})} for status in statuses}
 
 

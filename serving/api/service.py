@@ -1,4 +1,4 @@
-"""The dialects' ``Service`` on the replicas: render, admit, call, write the text, meter. One model an application."""
+"""The dialects' ``Service`` on the replicas: check, render, admit, call, write the text, meter. One model a service."""
 
 import asyncio
 import time
@@ -7,13 +7,15 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from serving.api.ask import Answer, Ask, Choice, End, Piece, ServedModel, Timing, Usage
+from serving.api.ask import Answer, Ask, Choice, End, Piece, ServedModel, Token, Usage
 from serving.api.calls import Call, answers
+from serving.api.checks import check
 from serving.api.edge import noted
 from serving.api.metrics import Metrics
 from serving.api.prompts import Rendered, render, request_of, sampling_of, visible
-from serving.api.writing import Writing, prompt_tokens
-from serving.errors import EngineError, LimitError, ModelNotFoundError
+from serving.api.served import Served, demand_of
+from serving.api.writing import Writing, grown, prompt_tokens
+from serving.errors import EngineDeadError, EngineError, LimitError, ModelNotFoundError, SpanfillError
 from serving.formats import Format
 from serving.protocol import INTERACTIVE_PRIORITY, Growth, MicroBatch, MicroBatchResult, Result
 from serving.tenants.caller import Caller
@@ -55,35 +57,8 @@ class Engines:
     stream: Call[list[Growth]]
 
 
-@dataclass
-class _Served:
-    """A request under way: what was asked, and what is known of its use so far."""
-
-    rendered: list[Rendered]
-    caller: Caller
-    ticket: Ticket
-    started: float
-    first: float | None = None
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-
-    @property
-    def usage(self) -> Usage:
-        """What it used by now; a prompt counts once, and no more of it is cached than there is."""
-        prompt = sum(len(r.token_ids) for r in self.rendered)
-        samples = sum(r.ask.n for r in self.rendered) / max(1, len(self.rendered))
-        return Usage(prompt, self.completion_tokens, min(prompt, round(self.cached_tokens / max(1, samples))))
-
-    @property
-    def timing(self) -> Timing:
-        """Seconds to the first token and from there on."""
-        now = time.monotonic()
-        first = now if self.first is None else self.first
-        return Timing(first - self.started, now - first)
-
-
 class FleetService:
-    """Answers what the dialects ask."""
+    """Answers what the dialects ask; the asks of one request are decoded alike, as its first one says."""
 
     def __init__(self, engines: Engines, desk: Desk, meter: Meter, metrics: Metrics) -> None:
         self._engines = engines
@@ -107,58 +82,67 @@ class FleetService:
 
     async def answer(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
         """Answer all at once."""
-        if any(ask.seconds is not None for ask in asks):
+        if not _in_one_piece(asks) and any(ask.reported or ask.seconds is not None for ask in asks):
             return await self._collected(asks, caller, model)
+        return await self._whole(asks, caller, model)
+
+    async def stream(self, asks: Sequence[Ask], caller: Caller, model: str) -> AsyncGenerator[Piece | End, None]:
+        """Answer piece by piece; an echo with logprobs and a prompt alone come in one piece."""
+        if _in_one_piece(asks):
+            for item in _as_pieces(await self._whole(asks, caller, model)):
+                yield item
+            return
         rendered = await self._render(asks)
         async with self._served(rendered, caller, model) as served:
-            results: dict[int, Result] = {}
-            async for came in answers(self._engines.whole, self._batch(served, caller)):
-                served.first = served.first or time.monotonic()
+            async with aclosing(self._pieces(served)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            yield End(served.usage, served.is_truncated, served.timing, self._prompts(served))
+
+    async def _whole(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
+        """An answer that the replica gives whole."""
+        rendered = await self._render(asks)
+        async with self._served(rendered, caller, model) as served:
+            results = await self._results(served)
+            choices = [c for key, r in enumerate(rendered) for c in self._choices(r, results[key], served)]
+            return Answer(tuple(choices), served.usage, served.is_truncated, served.timing, self._prompts(served))
+
+    async def _results(self, served: Served) -> dict[int, Result]:
+        results: dict[int, Result] = {}
+        async with aclosing(answers(self._engines.whole, self._batch(served))) as found:
+            async for came in found:
                 for result in came.results:
                     _check(result.error_code, result.error_message)
                     results[result.key] = result
-            choices: list[Choice] = []
-            for key, r in enumerate(rendered):
-                choices += self._choices(r, results[key], served)
-            return Answer(
-                tuple(choices),
-                served.usage,
-                any(r.truncated for r in rendered),
-                served.timing,
-                tuple(visible(r, self._engines.fmt) for r in rendered),
-            )
+        if len(results) < len(served.rendered):
+            raise _ended_early()
+        return results
 
-    def _choices(self, rendered: Rendered, result: Result, served: _Served) -> list[Choice]:
+    def _choices(self, rendered: Rendered, result: Result, served: Served) -> list[Choice]:
         """The choices of one ask, each written as a stream of one piece."""
-        fmt, ask = self._engines.fmt, rendered.ask
+        ask, tokens = rendered.ask, self._echo(rendered, result)
         served.cached_tokens += result.cached_tokens
-        head, tokens = "", ()
-        if ask.echo:
-            tokens = prompt_tokens(fmt, rendered.token_ids, result.prompt_logprobs, result.prompt_alternatives)
-            head = "".join(token.text for token in tokens)
+        head = "".join(token.text for token in tokens)
+        if ask.max_tokens == 0:
+            return [Choice(head, "length", tokens)] * ask.n
         choices = []
         for sample, completion in enumerate(result.completions):
             writing = self._writing(ask, sample, len(head))
-            growth = Growth(
-                result.key,
-                sample,
-                completion.token_ids,
-                completion.logprobs,
-                completion.alternatives,
-                completion.finish_reason,
-                completion.stop_token_id,
-            )
-            if ask.max_tokens == 0:
-                choices.append(Choice(head, "length", tokens))
-                continue
-            piece = writing.add(growth)
+            piece = writing.add(grown(result.key, sample, completion))
             assert piece is not None
             assert piece.reason is not None
             served.completion_tokens += writing.count
             choices.append(Choice(head + piece.text, piece.reason, tokens + piece.tokens, piece.stop_word))
         return choices
 
-    def _writing(self, ask: Ask, index: int, offset: int = 0) -> Writing:
+    def _echo(self, rendered: Rendered, result: Result | None = None) -> tuple[Token, ...]:
+        """The prompt's tokens where they are wanted, with their logprobs where the engine has told them."""
+        if not rendered.ask.echo:
+            return ()
+        logprobs, alternatives = (result.prompt_logprobs, result.prompt_alternatives) if result else (None, None)
+        return prompt_tokens(self._engines.fmt, rendered.token_ids, logprobs, alternatives)
+
+    def _writing(self, ask: Ask, index: int, offset: int) -> Writing:
         return Writing(
             index,
             self._engines.fmt,
@@ -168,61 +152,25 @@ class FleetService:
             through=ask.decoding.ignore_eos,
         )
 
-    async def stream(self, asks: Sequence[Ask], caller: Caller, model: str) -> AsyncGenerator[Piece | End, None]:
-        """Answer piece by piece; an echo with logprobs and a prompt alone come in one piece."""
-        if any(ask.max_tokens == 0 or (ask.echo and ask.logprobs is not None) for ask in asks):
-            async for item in _in_one_piece(await self.answer(asks, caller, model)):
-                yield item
-            return
-        rendered = await self._render(asks)
-        async with self._served(rendered, caller, model) as served:
-            async with aclosing(self._pieces(served)) as pieces:
-                async for piece in pieces:
-                    yield piece
-            yield End(
-                served.usage,
-                any(r.truncated for r in rendered),
-                served.timing,
-                tuple(visible(r, self._engines.fmt) for r in rendered),
-            )
-
-    async def _pieces(self, served: _Served) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, served: Served) -> AsyncGenerator[Piece, None]:
         """The pieces of all choices, until each has ended by itself or by its time."""
         writings: dict[tuple[int, int], Writing] = {}
         for key, r in enumerate(served.rendered):
-            echo = visible(r, self._engines.fmt) if r.ask.echo else ""
+            echo = "".join(token.text for token in self._echo(r))
             for sample in range(r.ask.n):
-                writing = self._writing(r.ask, len(writings), len(echo))
                 if echo:
                     yield Piece(len(writings), echo)
-                writings[key, sample] = writing
-        batch = self._batch(served, served.caller)
-        async with aclosing(answers(self._engines.stream, batch)) as bunches:
+                writings[key, sample] = self._writing(r.ask, len(writings), len(echo))
+        async with aclosing(answers(self._engines.stream, self._batch(served))) as bunches:
             async for growths in bunches:
-                served.first = served.first or time.monotonic()
+                served.comes()
                 for growth in growths:
-                    _check(growth.error_code, growth.error_message)
-                    served.cached_tokens += growth.cached_tokens
-                    writing = writings.get((growth.key, growth.sample))
-                    if writing is None:
-                        continue
-                    before = writing.count
-                    piece = writing.add(growth)
-                    served.completion_tokens += writing.count - before
-                    if piece is not None:
+                    for piece in _grow(writings, growth, served):
                         yield piece
-                    if growth.finish_reason is not None:
-                        del writings[growth.key, growth.sample]
-                    elif self._is_late(served, growth.key) and "\n" in writing.text:
-                        yield writing.cut()
-                        del writings[growth.key, growth.sample]
                 self._desk.charge(served.ticket, served.completion_tokens)
                 if not writings:
                     return
-
-    def _is_late(self, served: _Served, key: int) -> bool:
-        seconds = served.rendered[key].ask.seconds
-        return seconds is not None and served.first is not None and time.monotonic() - served.first > seconds
+        raise _ended_early()
 
     async def _collected(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
         """A stream's pieces as one answer."""
@@ -238,35 +186,36 @@ class FleetService:
         return Answer(choices, end.usage, end.truncated, end.timing, end.prompts)
 
     async def _render(self, asks: Sequence[Ask]) -> list[Rendered]:
-        """Tokenise on a thread: another request's next token shall not wait for it."""
-        fmt, context = self._engines.fmt, self._engines.model.context
-        return await asyncio.to_thread(lambda: [render(ask, fmt, context) for ask in asks])
+        """Check, and tokenise on a thread: another request's next token shall not wait for it."""
+        fmt, model = self._engines.fmt, self._engines.model
+        check(asks, model, fmt)
+        return await asyncio.to_thread(lambda: [render(ask, fmt, model.context) for ask in asks])
 
-    def _batch(self, served: _Served, caller: Caller) -> MicroBatch:
+    def _prompts(self, served: Served) -> tuple[str, ...]:
+        return tuple(visible(r, self._engines.fmt) for r in served.rendered if r.ask.reported)
+
+    def _batch(self, served: Served) -> MicroBatch:
         engines, ask = self._engines, served.rendered[0].ask
         sampling = sampling_of(ask, engines.fmt, format_name=engines.model.format, tokenizer=engines.tokenizer)
         requests = tuple(request_of(r, key) for key, r in enumerate(served.rendered))
-        return MicroBatch(requests, sampling, priority=INTERACTIVE_PRIORITY, cache_salt=caller.cache_salt)
+        return MicroBatch(requests, sampling, priority=INTERACTIVE_PRIORITY, cache_salt=served.caller.cache_salt)
 
     @asynccontextmanager
-    async def _served(self, rendered: list[Rendered], caller: Caller, model: str) -> AsyncIterator[_Served]:
+    async def _served(self, rendered: Sequence[Rendered], caller: Caller, model: str) -> AsyncIterator[Served]:
         """Inside, the request is admitted; however it ends, what it used is told."""
-        demand = Demand(
-            caller,
-            sum(len(r.token_ids) for r in rendered),
-            sum(r.output_tokens for r in rendered),
-            sum(r.ask.n for r in rendered),
-            PATIENCE_SECONDS,
-        )
-        ticket = await self._admit(demand)
-        served = _Served(rendered, caller, ticket, time.monotonic())
+        ticket = await self._admit(demand_of(rendered, caller, PATIENCE_SECONDS))
+        served = Served(rendered, caller, ticket, time.monotonic())
         try:
             yield served
+        except SpanfillError:
+            served.failed = True
+            raise
         finally:
+            self._desk.leave(ticket, served.used)
             usage = served.usage
-            self._desk.leave(ticket, Used(usage.prompt_tokens, usage.completion_tokens))
-            self._meter(caller, model, usage)
-            self._metrics.used(usage)
+            if usage.total_tokens:
+                self._meter(caller, model, usage)
+                self._metrics.used(usage)
             if served.first is not None:
                 self._metrics.began(served.first - served.started)
 
@@ -293,10 +242,37 @@ def _check(code: str | None, message: str | None) -> None:
         raise EngineError(f"{code}: {message}", remedy="Change the request.")
 
 
-async def _in_one_piece(answer: Answer) -> AsyncGenerator[Piece | End, None]:
-    for index, choice in enumerate(answer.choices):
-        yield Piece(index, choice.text, choice.tokens, choice.reason, choice.stop_word)
-    yield End(answer.usage, answer.truncated, answer.timing, answer.prompts)
+def _ended_early() -> EngineDeadError:
+    return EngineDeadError("the replica ended its answer before it was whole.", remedy="Ask again: another answers.")
+
+
+def _in_one_piece(asks: Sequence[Ask]) -> bool:
+    """Whether an engine tells what is asked only at the end: a prompt's logprobs come with no stream."""
+    return any(ask.max_tokens == 0 or (ask.echo and ask.logprobs is not None) for ask in asks)
+
+
+def _as_pieces(answer: Answer) -> list[Piece | End]:
+    pieces = [Piece(i, each.text, each.tokens, each.reason, each.stop_word) for i, each in enumerate(answer.choices)]
+    return [*pieces, End(answer.usage, answer.truncated, answer.timing, answer.prompts)]
+
+
+def _grow(writings: dict[tuple[int, int], Writing], growth: Growth, served: Served) -> list[Piece]:
+    """What may be shown of a growth; a choice that has ended, by itself or by its time, is taken out of ``writings``."""
+    _check(growth.error_code, growth.error_message)
+    served.cached_tokens += growth.cached_tokens
+    place = growth.key, growth.sample
+    if (writing := writings.get(place)) is None:
+        return []
+    before = writing.count
+    piece = writing.add(growth)
+    served.completion_tokens += writing.count - before
+    pieces = [] if piece is None else [piece]
+    if growth.finish_reason is not None:
+        del writings[place]
+    elif served.is_late(growth.key) and "\n" in writing.text:
+        pieces.append(writing.cut())
+        del writings[place]
+    return pieces
 
 
 def _joined(pieces: list[Piece]) -> Choice:

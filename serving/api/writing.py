@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from serving.api.ask import Piece, Reason, Token
 from serving.formats import Format
-from serving.protocol import Alternatives, Growth
+from serving.protocol import Alternatives, Completion, Growth
 from serving.stopping import GrowingText, find_cut
 
 REASONS: dict[str, Reason] = {"eom": "eom", "eos": "eos", "length": "length", "stop": "stop"}
@@ -63,17 +63,18 @@ class Writing:
         self.text += self._growing.add(token_id)
         if self._detailed:
             logprob = growth.logprobs[place] if growth.logprobs else None
-            top = named(self._format, growth.alternatives[place]) if growth.alternatives else ()
+            likely = growth.alternatives[place] if growth.alternatives else ()
+            top = named(self._format, likely, token_id, logprob)
             self._tokens.append(Token(token_id, self.text[start:], self._offset + start, logprob, top))
 
     def _settled(self) -> int:
-        """Characters that no stop string can take back."""
-        if (cut := find_cut(self.text, self._stop)) is not None:
-            return cut.at
+        """Characters that no stop string can take back: none that is there, and none that may yet turn out to be."""
+        cut = find_cut(self.text, self._stop)
+        end = len(self.text) if cut is None else cut.at
         longest = max(map(len, self._stop), default=1)
-        places = range(max(self._sent, len(self.text) - longest + 1), len(self.text))
+        places = range(max(self._sent, len(self.text) - longest + 1), end)
         begun = (place for place in places if any(word.startswith(self.text[place:]) for word in self._stop))
-        return next(begun, len(self.text))
+        return next(begun, end)
 
     def _end(self, stop_token_id: int | None) -> Piece:
         if not self._control and stop_token_id is None:
@@ -110,10 +111,23 @@ class Writing:
         return tuple(self._tokens[start:stop])
 
 
-def named(fmt: Format, alternatives: Alternatives) -> tuple[tuple[str, float], ...]:
-    """Likely tokens by their texts; of two that read alike the likelier."""
+def grown(key: int, sample: int, completion: Completion) -> Growth:
+    """A whole completion as the one growth of its sample."""
+    return Growth(
+        key,
+        sample,
+        completion.token_ids,
+        completion.logprobs,
+        completion.alternatives,
+        completion.finish_reason,
+        completion.stop_token_id,
+    )
+
+
+def named(fmt: Format, likely: Alternatives, own_id: int, own: float | None) -> tuple[tuple[str, float], ...]:
+    """Likely tokens by their texts, and the token that is there; of two that read alike the likelier."""
     found: dict[str, float] = {}
-    for token_id, logprob in alternatives:
+    for token_id, logprob in likely if own is None or not likely else (*likely, (own_id, own)):
         found.setdefault(fmt.decode([token_id]) or fmt.tokenizer.token(token_id), logprob)
     return tuple(found.items())
 
@@ -128,7 +142,7 @@ def prompt_tokens(
         special = token_id in fmt.tokenizer.special_ids
         text = fmt.tokenizer.token(token_id) if special else growing.add(token_id)
         logprob = logprobs[place - 1] if logprobs and place else None
-        top = named(fmt, alternatives[place - 1]) if alternatives and place else ()
+        top = named(fmt, alternatives[place - 1], token_id, logprob) if alternatives and place else ()
         tokens.append(Token(token_id, text, offset, logprob, top))
         offset += len(text)
     return tuple(tokens)

@@ -55,6 +55,7 @@ def test_the_vim_plug_ins_request() -> None:
             max_tokens=128,
             decoding=Decoding(top_k=40, top_p=0.90),
             seconds=1.0,
+            reported=True,
         )
     ]
     assert answer.json() == {
@@ -80,7 +81,7 @@ def test_the_plug_ins_warm_the_cache_with_empty_texts(fields: dict[str, Any]) ->
     warming = {"input_prefix": "", "input_suffix": "", "prompt": "", "n_predict": 0, "samplers": [], "input_extra": []}
     answer = client_of(service).post("/infill", json=warming | {"t_max_predict_ms": 1} | fields)
     assert answer.status_code == 200
-    assert service.asked == [Ask(suffix="", max_tokens=0, seconds=0.001)]
+    assert service.asked == [Ask(suffix="", max_tokens=0, seconds=0.001, reported=True)]
     assert answer.json() == {} if fields else answer.json()["content"] == ""
 
 

@@ -63,7 +63,7 @@ def test_it_streams_unless_told_not_to() -> None:
 
 
 def test_what_is_asked_without_options_is_decoded_as_ollama_would() -> None:
-    assert ask_for() == Ask(prefix="def f", suffix="\n", max_tokens=256, decoding=DEFAULT)
+    assert ask_for() == Ask(prefix="def f", suffix="\n", max_tokens=256, decoding=DEFAULT, reported=True)
 
 
 def test_options_that_count_and_fields_that_do_not() -> None:
@@ -99,6 +99,7 @@ def test_options_that_count_and_fields_that_do_not() -> None:
             presence_penalty=1.5,
             frequency_penalty=1.0,
         ),
+        reported=True,
     )
 
 
@@ -204,6 +205,7 @@ def test_an_error_in_mid_stream_is_a_line() -> None:
         ({"stream": "no"}, "stream"),
         ({"options": []}, "options"),
         ({"options": {"temperature": "hot"}}, "options.temperature"),
+        ({"options": {"temperature": 2.1}}, "options.temperature"),
         ({"options": {"stop": [1]}}, "options.stop"),
         ({"options": {"num_predict": 0.5}}, "options.num_predict"),
         ({"options": {"repeat_penalty": "x"}}, "options.repeat_penalty"),

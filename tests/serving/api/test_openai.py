@@ -293,6 +293,7 @@ def test_an_error_in_mid_stream_is_an_event_and_nothing_says_that_all_is_done() 
         ({"min_p": -0.1}, "min_p"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"seed": 2**63}, "seed"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),

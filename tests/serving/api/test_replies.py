@@ -93,6 +93,9 @@ def test_text_of_a_wrong_field_is_not_repeated() -> None:
     assert "my secret" not in answer.text
 
 
+LIMITS = {f"x-ratelimit-{part}-{of}" for part in ("limit", "remaining", "reset") for of in ("requests", "tokens")}
+
+
 def described() -> dict[str, Any]:
     description: dict[str, Any] = app_of(Scripted()).openapi()
     return description
@@ -142,7 +145,8 @@ def test_openapi_describes_both_kinds_of_answer_and_the_errors_shape(path: str, 
     responses = described()["paths"][path]["post"]["responses"]
     assert responses["200"]["content"].keys() == {"application/json", streamed}
     assert responses["429"]["content"]["application/json"]["schema"]["$ref"].endswith(f"/{error}")
-    assert responses["429"]["headers"].keys() == {"Retry-After", "retry-after-ms"}
+    assert responses["429"]["headers"].keys() == {"Retry-After", "retry-after-ms", *LIMITS}
+    assert responses["200"]["headers"].keys() == LIMITS
 
 
 def test_openapi_tells_the_bounds_of_fields() -> None:

@@ -1,117 +1,41 @@
 """The service on a simulated engine in this process: what is asked, admitted, written and metered."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from serving.api.ask import Answer, Ask, Decoding, End, Piece, ServedModel, Usage
-from serving.api.metrics import Metrics
-from serving.api.service import Engines, FleetService
-from serving.config import EngineConfig, RooflineConfig
-from serving.errors import EngineError, LimitError, ModelNotFoundError, PromptTooLongError, UsageError
-from serving.formats import load_format
-from serving.merging import merged
-from serving.protocol import INTERACTIVE_PRIORITY, Growth, MicroBatch, MicroBatchResult
-from serving.simulated import SimulatedEngine
+from serving.api.ask import Ask, Decoding, End, Piece
+from serving.api.checks import MOST_CHOICES
+from serving.api.edge import Noted, noted
+from serving.errors import (
+    EngineDeadError,
+    EngineError,
+    LimitError,
+    ModelNotFoundError,
+    NoInfillError,
+    PromptTooLongError,
+    UsageError,
+)
+from serving.protocol import INTERACTIVE_PRIORITY, Growth
 from serving.tenants.caller import Caller
-from serving.tenants.limits import Standing
-from serving.tenants.tickets import Demand, Place, Ticket, Used
+from serving.tenants.tickets import Used
+from tests.serving.api.house import ACME, FORMAT, MODEL, NO_ROOM, ROOM, Desk, House, answered, streamed, telling
 
-FORMAT = load_format("codegen25")
-MODEL = ServedModel("demo", "codegen25", 256, can_infill=True)
-ACME = Caller("acme", "k1")
 INFILL = Ask(prefix="def f():\n    return ", suffix="\n", max_tokens=20)
 SAMPLED = Decoding(temperature=0.8)
+PLAIN = Ask(prefix="x = 1\n", max_tokens=20)
 
 
-@dataclass
-class Desk:
-    """Admits everybody, or nobody; remembers who left with what."""
-
-    refuses: bool = False
-    demands: list[Demand] = field(default_factory=list)
-    left: list[Used | None] = field(default_factory=list)
-
-    async def admit(self, demand: Demand) -> Ticket:
-        """As the desk."""
-        if self.refuses:
-            raise LimitError("too many.", retry_after=2.0)
-        self.demands.append(demand)
-        return Ticket(Place("here", len(self.demands)), demand, Standing())
-
-    async def standing(self, caller: Caller) -> Standing:
-        """As the desk."""
-        return Standing()
-
-    def charge(self, ticket: Ticket, output_tokens: int) -> None:
-        """As the desk."""
-
-    def leave(self, ticket: Ticket, used: Used | None = None) -> None:
-        """As the desk."""
-        self.left.append(used)
-
-
-class House:
-    """A service on one engine; make it inside an event loop."""
-
-    def __init__(self, *, instant: bool = True, desk: Desk | None = None, **roofline: float) -> None:
-        config = EngineConfig(
-            kind="instant" if instant else "simulated",
-            model="demo",
-            max_model_len=MODEL.context,
-            roofline=RooflineConfig(**roofline),  # type: ignore[arg-type]
-        )
-        self.engine = SimulatedEngine(config)
-        self.batches: list[MicroBatch] = []
-        self.used: list[tuple[str, Usage]] = []
-        self.desk = desk or Desk()
-        engines = Engines(MODEL, FORMAT, "codegen25", self._whole, self._stream)
-        self.service = FleetService(engines, self.desk, self._meter, Metrics())
-
-    def _meter(self, caller: Caller, model: str, usage: Usage) -> None:
-        self.used.append((caller.tenant, usage))
-
-    async def _whole(self, batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
-        self.batches.append(batch)
-        results = [await self.engine.generate(r, batch.sampling, cache_salt=batch.cache_salt) for r in batch.requests]
-        yield MicroBatchResult("here", tuple(results))
-
-    async def _stream(self, batch: MicroBatch) -> AsyncIterator[list[Growth]]:
-        self.batches.append(batch)
-        sources = [self.engine.stream(r, batch.sampling, priority=batch.priority) for r in batch.requests]
-        growths = merged(sources)
-        try:
-            async for growth in growths:
-                yield [growth]
-        finally:
-            await growths.aclose()
-
-
-def answered(*asks: Ask, house: House | None = None) -> Answer:
-    """The answer to asks."""
-
-    async def run() -> Answer:
-        return await (house or House()).service.answer(asks, ACME, "demo")
-
-    return asyncio.run(run())
-
-
-async def streamed(house: House, *asks: Ask) -> tuple[dict[int, str], list[Piece], End]:
-    """The texts, pieces and end of a stream."""
-    texts: dict[int, str] = {}
-    pieces: list[Piece] = []
-    end = None
-    async for item in house.service.stream(asks, ACME, "demo"):
-        if isinstance(item, End):
-            end = item
-            continue
-        pieces.append(item)
-        texts[item.index] = texts.get(item.index, "") + item.text
-    assert end is not None
-    return texts, pieces, end
+def grows(text: str, *, end: bool = True) -> list[Growth]:
+    """A text as it grows, a token at a time."""
+    ids = FORMAT.tokenizer.encode(text)
+    last = [Growth(0, 0, [], finish_reason="length", cached_tokens=2)] if end else []
+    return [*(Growth(0, 0, [token_id]) for token_id in ids), *last]
 
 
 @pytest.mark.parametrize("instant", [True, False])
@@ -123,7 +47,8 @@ async def streamed(house: House, *asks: Ask) -> tuple[dict[int, str], list[Piece
         Ask(prefix="x = 1\n", max_tokens=20),
         Ask(token_ids=tuple(FORMAT.tokenizer.encode("y = 2\n")), max_tokens=20),
         replace(INFILL, behind="x + "),
-        replace(INFILL, echo=True),
+        replace(PLAIN, echo=True),
+        replace(INFILL, reported=True, seconds=60.0),
     ],
 )
 def test_a_stream_joins_to_the_answer(ask: Ask, instant: bool) -> None:
@@ -182,7 +107,10 @@ def test_logprobs_are_told_with_alternatives_and_an_echo_has_the_prompts() -> No
     assert choice.text.startswith("x = 1\n")
     assert "".join(token.text for token in choice.tokens) == choice.text
     assert choice.tokens[0].logprob is None
-    assert all(token.logprob == -1.0 and len(token.top) == 2 for token in choice.tokens[1:])
+    assert all(token.logprob == -1.0 for token in choice.tokens[1:])
+    # The engine's likeliest two, and the token itself where it is none of them.
+    assert {len(token.top) for token in choice.tokens[1:]} <= {2, 3}
+    assert all(token.text in dict(token.top) for token in choice.tokens[1:4])
 
 
 def test_no_tokens_are_generated_where_none_are_wanted() -> None:
@@ -295,14 +223,205 @@ def test_a_tenant_sees_only_its_models() -> None:
     asyncio.run(run())
 
 
-def test_an_answer_is_cut_once_its_time_is_over_and_it_has_a_line() -> None:
+@pytest.mark.parametrize(
+    ("seconds", "text", "reason"),
+    [
+        (1e-9, "a = 1\n", "time"),
+        (3_600.0, "a = 1\nb = 2\nc", "length"),
+        (None, "a = 1\nb = 2\nc", "length"),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_answer_is_cut_once_its_time_is_over_and_it_has_a_line(
+    seconds: float | None, text: str, reason: str, whole: bool
+) -> None:
     async def run() -> None:
-        house = House(instant=False, time_scale=0.05)
-        ask = replace(INFILL, max_tokens=200, seconds=0.05, decoding=Decoding(ignore_eos=True))
-        answer = await house.service.answer([ask], ACME, "demo")
-        (choice,) = answer.choices
-        if choice.reason == "time":
-            assert "\n" in choice.text
-            assert answer.usage.completion_tokens < 200
+        house = House(stream=telling(grows("a = 1\nb = 2\nc")))
+        ask = replace(INFILL, seconds=seconds, reported=True)
+        if whole:
+            (choice,) = (await house.service.answer([ask], ACME, "demo")).choices
+            assert (choice.text, choice.reason) == (text, reason)
+        else:
+            texts, pieces, _ = await streamed(house, ask)
+            assert (texts, pieces[-1].reason) == ({0: text}, reason)
+        ((_, usage),) = house.used
+        assert usage.completion_tokens == len(FORMAT.tokenizer.encode(text))
+
+    asyncio.run(run())
+
+
+def test_a_time_limit_ends_what_the_engine_still_makes() -> None:
+    async def run() -> None:
+        closed = asyncio.Event()
+
+        async def endless() -> AsyncGenerator[list[Growth], None]:
+            try:
+                while True:
+                    for growth in grows("x\n", end=False):
+                        yield [growth]
+                    await asyncio.sleep(0)
+            finally:
+                closed.set()
+
+        house = House(stream=lambda batch: endless())
+        (choice,) = (await house.service.answer([replace(INFILL, seconds=0.05)], ACME, "demo")).choices
+        assert choice.reason == "time"
+        await asyncio.wait_for(closed.wait(), 10)
+
+    asyncio.run(run())
+
+
+def test_a_prompt_alone_may_have_a_time_limit() -> None:
+    warming = Ask(suffix="", max_tokens=0, seconds=0.001, reported=True)
+    answer = answered(warming)
+    assert [(choice.text, choice.reason) for choice in answer.choices] == [("", "length")]
+    assert answer.prompts == ("<mask_1><|endoftext|><sep><mask_1>",)
+    assert answer.usage.completion_tokens == 0
+
+
+def test_what_is_reported_tells_its_prompt_and_the_time_to_its_first_token() -> None:
+    async def run() -> None:
+        house = House(instant=False)
+        asked = replace(INFILL, reported=True, decoding=Decoding(ignore_eos=True))
+        began = time.monotonic()
+        answer = await house.service.answer([asked], ACME, "demo")
+        took = time.monotonic() - began
+        assert answer.prompts == ("def f():\n    return <mask_1>\n<|endoftext|><sep><mask_1>",)
+        assert answer.timing.prompt > 0
+        assert answer.timing.completion > 0
+        assert answer.timing.prompt + answer.timing.completion <= took
+        assert (await house.service.answer([INFILL], ACME, "demo")).prompts == ()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (replace(INFILL, n=2), "n = 2 at temperature 0"),
+        (replace(INFILL, echo=True), "echo and suffix"),
+        (replace(INFILL, suffix="", echo=True), "echo and suffix"),
+        (replace(PLAIN, n=MOST_CHOICES + 1, decoding=SAMPLED), "completions, and 1,024 are the most"),
+        (replace(PLAIN, decoding=Decoding(logit_bias=((51_200, 1.0),))), "token id 51200"),
+    ],
+)
+def test_what_no_dialect_may_ask_is_refused_with_a_remedy(ask: Ask, words: str) -> None:
+    async def run() -> None:
+        house = House()
+        with pytest.raises(UsageError, match=words) as refused:
+            await house.service.answer([PLAIN, ask], ACME, "demo")
+        assert refused.value.remedy
+        with pytest.raises(UsageError, match=words):
+            await streamed(house, ask)
+        assert not house.desk.demands
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("suffix", ["", "x"])
+def test_a_model_that_cannot_infill_takes_no_suffix(suffix: str) -> None:
+    async def run() -> None:
+        house = House(model=replace(MODEL, can_infill=False))
+        with pytest.raises(NoInfillError, match=r"demo cannot infill\. Leave the suffix out") as refused:
+            await house.service.answer([replace(INFILL, suffix=suffix)], ACME, "demo")
+        assert (refused.value.http_status, refused.value.code) == (400, "no_infill")
+        assert (await house.service.answer([PLAIN], ACME, "demo")).choices
+
+    asyncio.run(run())
+
+
+def test_how_the_caller_stands_goes_out_with_the_answer_and_with_the_refusal() -> None:
+    async def run(desk: Desk) -> dict[str, str]:
+        about = Noted()
+        noted.set(about)
+        with suppress(LimitError):
+            await House(desk=desk).service.answer([INFILL], ACME, "demo")
+        return about.headers
+
+    assert asyncio.run(run(Desk())) == ROOM.headers()
+    assert asyncio.run(run(Desk(refuses=True))) == NO_ROOM.headers()
+    assert ROOM.headers() == {
+        "x-ratelimit-limit-tokens": "100",
+        "x-ratelimit-remaining-tokens": "60",
+        "x-ratelimit-reset-tokens": "24s",
+    }
+
+
+def test_a_request_of_which_nothing_came_costs_nothing_and_one_that_broke_off_what_came() -> None:
+    async def run(made: list[Growth]) -> House:
+        house = House(stream=telling(made))
+        with pytest.raises(EngineError):
+            await streamed(house, INFILL)
+        return house
+
+    refused = asyncio.run(run([Growth(0, 0, [], finish_reason="error", error_code="bad", error_message="bad")]))
+    assert (refused.used, refused.desk.left) == ([], [Used()])
+    broken = asyncio.run(run(grows("a = 1\n", end=False)))
+    ((_, usage),) = broken.used
+    assert usage.completion_tokens == len(FORMAT.tokenizer.encode("a = 1\n"))
+    assert usage.prompt_tokens > 0
+    assert broken.desk.left == [Used(usage.prompt_tokens, usage.completion_tokens)]
+
+
+def test_an_answer_that_ends_before_it_is_whole_is_an_error() -> None:
+    async def run() -> None:
+        with pytest.raises(EngineDeadError, match="before it was whole"):
+            await streamed(House(stream=telling(grows("a", end=False))), INFILL)
+
+    asyncio.run(run())
+
+
+def test_tokens_are_charged_as_they_come() -> None:
+    async def run() -> None:
+        house = House(stream=telling(grows("a = 1\nb = 2\nc")))
+        await streamed(house, INFILL)
+        assert house.desk.charged[0] == 1
+        assert house.desk.charged == sorted(house.desk.charged)
+        assert house.desk.charged[-1] == len(FORMAT.tokenizer.encode("a = 1\nb = 2\nc"))
+
+    asyncio.run(run())
+
+
+def test_the_cache_is_parted_by_tenant() -> None:
+    async def run() -> None:
+        house = House(instant=False)
+        ask = replace(PLAIN, prefix="x = 1  # " * 20, max_tokens=1)
+        found = []
+        for caller in (ACME, ACME, Caller("other", "k2"), Caller("acme", "k3")):
+            found.append((await house.service.answer([ask], caller, "demo")).usage.cached_tokens > 0)
+        assert found == [False, True, False, True]
+        found = []
+        for caller in (Caller("third", "k4"), Caller("third", "k5")):
+            async for item in house.service.stream([ask], caller, "demo"):
+                if isinstance(item, End):
+                    found.append(item.usage.cached_tokens > 0)
+        assert found == [False, True]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("text", ["<eom>", "<mask_1>", "<|endoftext|>", "a<sep>b<fim_prefix>"])
+@pytest.mark.parametrize("place", ["prefix", "suffix", "behind"])
+def test_control_tokens_in_texts_stay_texts(text: str, place: str) -> None:
+    async def run() -> None:
+        house = House()
+        plain: dict[str, Any] = {"prefix": "", "suffix": "", "behind": ""}
+        await house.service.answer([Ask(**plain | {place: text})], ACME, "demo")
+        await house.service.answer([Ask(**plain)], ACME, "demo")
+        special = FORMAT.tokenizer.special_ids
+        spelt, empty = (list(batch.requests[0].token_ids) for batch in house.batches)
+        assert [i for i in spelt if i in special] == [i for i in empty if i in special]
+        assert FORMAT.decode(spelt) == text
+
+    asyncio.run(run())
+
+
+def test_an_echo_and_its_logprobs_come_in_one_piece_of_a_stream() -> None:
+    async def run() -> None:
+        ask = Ask(prefix="x = 1\n", max_tokens=3, logprobs=1, echo=True, decoding=Decoding(ignore_eos=True))
+        texts, pieces, _ = await streamed(House(), ask)
+        (whole,) = (await House().service.answer([ask], ACME, "demo")).choices
+        assert pieces == [Piece(0, whole.text, whole.tokens, whole.reason)]
+        assert texts == {0: whole.text}
 
     asyncio.run(run())

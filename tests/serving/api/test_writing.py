@@ -76,6 +76,25 @@ def test_the_stop_string_that_ended_it_is_named() -> None:
     assert (last.reason, last.stop_word) == ("stop", "\n\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("ab c", ["abX", "b"], "a"),
+        ("abX", ["abX", "b"], ""),
+        ("aaab", ["aab", "ab"], "a"),
+        ("x = 1\n\ny", ["\n\ny = 2", "\n"], "x = 1"),
+        ("x = 1\n\ny = 2", ["1\n\ny = 2", "\n"], "x = "),
+    ],
+)
+def test_a_stop_string_that_begins_before_another_takes_back_what_it_holds(
+    text: str, stop: list[str], shown: str
+) -> None:
+    ids = [token_id for character in text for token_id in FORMAT.tokenizer.encode(character)]
+    pieces = written(ids, [1] * len(ids), stop)
+    assert "".join(piece.text for piece in pieces) == shown
+    assert pieces[-1].reason == "stop"
+
+
 def test_nothing_counts_behind_a_control_token() -> None:
     ids = [*FORMAT.tokenizer.encode("abc"), EOM, *FORMAT.tokenizer.encode("more")]
     pieces = written(ids, [1] * 9, [], end=None)
