@@ -28,6 +28,8 @@ GATEWAY_CORES = 0.0
 """What a gateway asks of Ray: nothing, since without GPUs the replicas are given all cores of their node."""
 
 GATEWAY_REQUESTS = 2_000
+"""At once in a gateway; as many more wait before it, and beyond Serve answers 503."""
+
 HEALTH_CHECK_PERIOD_S = 1.0
 """Serve starts a replica again after three failed checks in a row."""
 
@@ -120,6 +122,7 @@ def with_gateways(replicas: Application, config: AppConfig, replica: ReplicaConf
         num_replicas=config.gateways,
         ray_actor_options={"num_cpus": GATEWAY_CORES},
         max_ongoing_requests=GATEWAY_REQUESTS,
+        max_queued_requests=GATEWAY_REQUESTS,
         graceful_shutdown_timeout_s=replica.drain_seconds,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         logging_config=QUIET,
