@@ -1,10 +1,12 @@
 """A real ``spanfill serve`` in a process of its own, for tests and benchmarks."""
 
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,15 +17,17 @@ import httpx
 
 START_SECONDS = 240.0
 STOP_SECONDS = 60.0
+JOINED_BY = re.compile(r"RAY_ADDRESS=(\S+)")
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where it listens, where its state and its log are, and its process."""
+    """Where it listens, where its state, its log and its Ray's files are, and its process."""
 
     url: str
     home: Path
     log: Path
+    ray: Path
     process: "subprocess.Popen[bytes]"
 
     @property
@@ -37,16 +41,32 @@ class Server:
         return os.environ | {"SPANFILL_HOME": str(self.home)}
 
     @property
+    def ray_address(self) -> str:
+        """Where its engines are joined."""
+        found = JOINED_BY.search(self.told)
+        assert found, self.told
+        return found[1]
+
+    @property
     def job_environment(self) -> dict[str, str]:
         """That of jobs which join its engines."""
-        found = re.search(r"RAY_ADDRESS=(\S+)", self.told)
-        assert found, self.told
-        return self.environment | {"RAY_ADDRESS": found[1]}
+        return self.environment | {"RAY_ADDRESS": self.ray_address}
 
     def command(self, *arguments: str) -> str:
         """What ``spanfill`` prints on its state."""
         command = [sys.executable, "-m", "jobs.cli", *arguments]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stdout
+
+    def new_tenant(self, name: str, *options: str) -> str:
+        """A new tenant's key."""
+        key: str = json.loads(self.command("tenants", "create", name, *options, "--json"))["key"]
+        return key
+
+    def reading(self, name: str) -> float:
+        """One of the engines' sums, as a gateway has read it within its last two seconds."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        (found,) = [line for line in lines if line.startswith(f'spanfill_engine{{reading="{name}"}}')]
+        return float(found.split()[-1])
 
 
 def free_port() -> int:
@@ -59,24 +79,31 @@ def free_port() -> int:
 
 @contextmanager
 def running_server(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """A server that answers; ended by SIGTERM."""
-    port, log = free_port(), folder / "serve.log"
-    home = folder / "home"
+    """A server that answers, and whose engines can be joined; ended by SIGTERM."""
+    port, log, home = free_port(), folder / "serve.log", folder / "home"
     command = [sys.executable, "-m", "jobs.cli", "serve", "--port", str(port), *arguments]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, env=os.environ | {"SPANFILL_HOME": str(home)} | dict(env or {}), stdout=out, stderr=out
-        )
-    server = Server(f"http://127.0.0.1:{port}", home, log, process)
-    try:
-        _wait(server)
-        yield server
-    finally:
-        process.terminate()
+    # Not in the folder: the path of a Unix socket has a hundred characters at most.
+    with (
+        tempfile.TemporaryDirectory(prefix="sf-", dir="/tmp", ignore_cleanup_errors=True) as ray,
+        log.open("wb") as out,
+    ):
+        own = {"SPANFILL_HOME": str(home), "RAY_TMPDIR": ray}
+        process = subprocess.Popen(command, env=os.environ | own | dict(env or {}), stdout=out, stderr=out)
+        server = Server(f"http://127.0.0.1:{port}", home, log, Path(ray), process)
         try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            _wait(server)
+            yield server
+        finally:
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait(server: Server) -> None:
@@ -84,10 +111,14 @@ def _wait(server: Server) -> None:
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise RuntimeError(f"the server ended with {server.process.returncode}: {server.told[-2_000:]}")
-        try:
-            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
+        if _is_healthy(server.url) and JOINED_BY.search(server.told):
+            return
         time.sleep(0.25)
     raise TimeoutError(f"the server is not healthy after {START_SECONDS:g} s: {server.told[-2_000:]}")
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
