@@ -143,6 +143,7 @@ class Gateway:
         )
         self._metrics = Metrics()
         self._watch = Watch(replicas, config.replicas, self._metrics)
+        self._watching: asyncio.Task[None] | None = None
         self._desk = Desk(config.app, Capacity(0, 0))
         self._store = await asyncio.to_thread(open_store)
         self._directory = Directory(self._store.known)
@@ -183,11 +184,17 @@ class Gateway:
             lifespan=self._life,
         )
 
+    async def check_health(self) -> None:
+        """Called by Serve; raises what ended the reading of the replicas, without which nobody is admitted."""
+        watching = self._watching
+        if watching is not None and watching.done() and not watching.cancelled():
+            watching.result()
+
     @asynccontextmanager
     async def _life(self, _: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.ensure_future(self._watch.keep(self._desk))
+        self._watching = asyncio.ensure_future(self._watch.keep(self._desk))
         yield
-        watching.cancel()
+        self._watching.cancel()
         await self._desk.close()
         await asyncio.to_thread(self._meter.close)
         self._directory.close()

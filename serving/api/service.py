@@ -15,7 +15,7 @@ from serving.api.metrics import Metrics
 from serving.api.prompts import Rendered, render, request_of, sampling_of, visible
 from serving.api.served import Served, demand_of
 from serving.api.writing import Writing, grown, prompt_tokens
-from serving.errors import EngineDeadError, EngineError, LimitError, ModelNotFoundError, SpanfillError
+from serving.errors import EngineDeadError, EngineError, LimitError, ModelNotFoundError, SpanfillError, UsageError
 from serving.formats import Format
 from serving.protocol import INTERACTIVE_PRIORITY, Growth, MicroBatch, MicroBatchResult, Result
 from serving.tenants.caller import Caller
@@ -224,7 +224,7 @@ class FleetService:
         asked = time.monotonic()
         try:
             ticket = await self._desk.admit(demand)
-        except LimitError:
+        except (LimitError, UsageError):
             _note(await self._desk.standing(demand.caller))
             raise
         _note(ticket.standing)
@@ -257,7 +257,7 @@ def _as_pieces(answer: Answer) -> list[Piece | End]:
 
 
 def _grow(writings: dict[tuple[int, int], Writing], growth: Growth, served: Served) -> list[Piece]:
-    """What may be shown of a growth; a choice that has ended, by itself or by its time, is taken out of ``writings``."""
+    """What may be shown of a growth; a choice that ends, by itself or by its time, leaves ``writings``."""
     _check(growth.error_code, growth.error_message)
     served.cached_tokens += growth.cached_tokens
     place = growth.key, growth.sample

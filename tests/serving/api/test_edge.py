@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 from serving.api.application import application
+from serving.api.ask import Answer, Ask
 from serving.api.edge import MOST_BODY, noted
 from serving.api.metrics import Metrics
 from serving.errors import EngineError
+from serving.tenants.caller import Caller
 from tests.serving.api.scripted import Scripted, who_calls
 
 COMPLETE = "/v1/completions"
@@ -144,9 +147,10 @@ def test_what_nobody_expected_counts_as_a_failure() -> None:
 
 def test_a_client_that_went_away_is_no_failure() -> None:
     class Slow(Scripted):
-        async def answer(self, *asked: Any) -> Any:
+        async def answer(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
             waiting.set()
             await asyncio.Event().wait()
+            raise AssertionError
 
     waiting = asyncio.Event()
 
