@@ -9,6 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 
+PIPED_WIDTH = 300
+"""Characters of a line at most that is not for a terminal: an id that is cut off is of no use to a script."""
+
+
 def print_key(text: str, about: dict[str, Any], json_: bool) -> None:
     """A new key alone on stdout, so that a shell can take it, or with what is known of it as one JSON object."""
     if json_:
@@ -36,7 +40,8 @@ def print_rows(kind: str, rows: list[dict[str, Any]], json_: bool) -> None:
         table.add_column(name.replace("_", " "), no_wrap=name in ("id", "name", "tenant", "key"))
     for row in rows:
         table.add_row(*(escape(_shown(name, row[name])) for name in names))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=PIPED_WIDTH)).print(table)
 
 
 def _shown(name: str, value: Any) -> str:

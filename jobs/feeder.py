@@ -114,7 +114,9 @@ class Feeder:
     def connect(self, call: Call, route: Route) -> None:
         """Begin to send micro-batches with ``call``."""
         spec = self._config.spec
-        self._dispatcher = Dispatcher(call, max_attempts=spec.max_attempts, cache_salt=spec.cache_salt)
+        self._dispatcher = Dispatcher(
+            call, max_attempts=spec.max_attempts, cache_salt=spec.cache_salt, weight=spec.weight
+        )
         self._lanes = Lanes(route.replicas, route.window, spec.batch_rows)
         self._block_size = route.block_size
         self._ready.set()

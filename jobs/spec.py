@@ -14,7 +14,7 @@ from serving.config import EngineConfig, EngineKind, Frozen
 from serving.engine_args import SPEED_ARGUMENTS
 from serving.errors import ConfigError
 from serving.tenants.caller import Caller
-from serving.tenants.terms import NAME
+from serving.tenants.terms import LEAST_WEIGHT, MOST_WEIGHT, NAME
 from serving.trimming import TRIMMINGS
 from serving.truncation import DEFAULT_PREFIX_ALIGN, DEFAULT_SUFFIX_SHARE
 
@@ -33,14 +33,15 @@ class JobSpec(Frozen):
 
     ``input`` is a file, a folder or a glob, local or a URI; ``output`` a folder that belongs to this job. Lengths are
     in tokens, ``max_error_rate`` is a share of the rows tried, ``store_patience`` is in seconds. ``tenant`` is whose
-    job it is where one fleet serves several: it parts their prefix caches and changes no infill. Raises ``ConfigError``
-    naming every wrong field.
+    job it is where one fleet serves several: it parts their prefix caches, by ``weight`` their shares of the engines,
+    and changes no infill. Raises ``ConfigError`` naming every wrong field.
     """
 
     task: Literal["infill", "score"] = "infill"
     input: str
     output: str
     tenant: str | None = Field(None, pattern=f"^{NAME.pattern}$")
+    weight: float = Field(1.0, ge=LEAST_WEIGHT, le=MOST_WEIGHT)
     model: str = "demo-codegen25"
     revision: str | None = None
     format: str | None = None

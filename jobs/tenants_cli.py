@@ -21,6 +21,7 @@ tenants = typer.Typer(help="Tenants of the API: fair share, limits, models, usag
 keys = typer.Typer(help="Keys of tenants, each with limits and usage of its own.", no_args_is_help=True)
 
 UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+MOST_SECONDS = 100 * 365 * 86_400
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Name = Annotated[str, typer.Argument(help="The tenant's name.")]
@@ -109,7 +110,8 @@ def usage(
     until: Annotated[str | None, typer.Option(help="Last day, YYYY-MM-DD, in UTC.")] = None,
     json_: Json = False,
 ) -> None:
-    """Tokens and requests that were used."""
+    """Tokens and requests that were used, by gateways of this machine that were killed too."""
+    from serving.tenants.metering import collect
     from serving.tenants.usage import COUNTS, DIMENSIONS, UsageFilter
 
     wrong = set(by.split(",")) - set(DIMENSIONS)
@@ -118,6 +120,7 @@ def usage(
     parted = [name for name in DIMENSIONS if name in by.split(",")]
     wanted = UsageFilter(tenant, key, job, _day(since, "--since"), _day(until, "--until"))
     with _store() as store:
+        collect(store)
         lines = [asdict(line) for line in store.usage(parted, wanted)]
     print_rows("usage", [{name: line[name] for name in (*parted, *COUNTS)} for line in lines], json_)
 
@@ -194,10 +197,14 @@ def _changed(
 
 
 def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+)([smhdw])", text)
-    if not found:
-        raise UsageError(f"{text!r} is no length of time.", remedy="Write a number and a unit: 90s, 45m, 12h, 30d, 8w.")
-    return float(int(found[1]) * UNITS[found[2]])
+    found = re.fullmatch(r"([0-9]{1,12})([smhdw])", text)
+    seconds = int(found[1]) * UNITS[found[2]] if found else MOST_SECONDS + 1
+    if seconds > MOST_SECONDS:
+        raise UsageError(
+            f"{text!r} is no length of time.",
+            remedy="Write a number and a unit: 90s, 45m, 12h, 30d, 8w. A hundred years are the most.",
+        )
+    return float(seconds)
 
 
 def _time_after(text: str | None) -> float | None:

@@ -19,6 +19,8 @@ from serving.merging import in_bunches, merged
 from serving.pace import UNMEASURED_SECONDS, Gate, Pace, Stall
 from serving.protocol import Engine, EngineInfo, EngineStats, Growth, MicroBatch, MicroBatchResult, Result
 from serving.simulated import SimulatedEngine
+from serving.tagging import generate
+from serving.tenants.tags import Tags
 
 T = TypeVar("T")
 
@@ -48,6 +50,7 @@ class Replica:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._gate = Gate()
         self._pace = Pace()
+        self._tags = Tags()
         self._hung: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         claim = engine.kind == "vllm" and not replica.use_gpu and replica.cores
         cores = claim_cores(replica.cores) if claim else ()
@@ -70,8 +73,11 @@ class Replica:
                 self._engine.stream(r, batch.sampling, priority=batch.priority, cache_salt=batch.cache_salt)
                 for r in batch.requests
             ]
-            async with aclosing(in_bunches(merged(sources), STREAM_SECONDS)) as bunches:
-                async for growths in self._patiently(batch, bunches):
+            async with (
+                aclosing(in_bunches(merged(sources), STREAM_SECONDS)) as bunches,
+                aclosing(self._patiently(batch, bunches)) as growing,
+            ):
+                async for growths in growing:
                     yield growths
 
     @asynccontextmanager
@@ -87,12 +93,7 @@ class Replica:
             self._pace.record(time.monotonic() - started)
 
     async def _answer(self, batch: MicroBatch) -> AsyncIterator[tuple[Result, ...]]:
-        tasks = [
-            asyncio.ensure_future(
-                self._engine.generate(r, batch.sampling, priority=batch.priority, cache_salt=batch.cache_salt)
-            )
-            for r in batch.requests
-        ]
+        tasks = [asyncio.ensure_future(generate(self._engine, self._tags, batch, r)) for r in batch.requests]
         answers = asyncio.gather(*tasks)
         # Whoever gives up learns why it did, not what came after.
         answers.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
@@ -110,7 +111,7 @@ class Replica:
             for task in tasks:
                 task.cancel()
 
-    async def _patiently(self, batch: MicroBatch, source: AsyncGenerator[T, None]) -> AsyncIterator[T]:
+    async def _patiently(self, batch: MicroBatch, source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         """What a source gives, for as long as the engine makes steps."""
         stall = Stall(self._engine.stats().steps)
         while True:
@@ -120,6 +121,8 @@ class Replica:
                     await self._wait(upcoming, stall, batch)
             finally:
                 upcoming.cancel()
+                # A generator cannot be closed while something waits for its next item.
+                await asyncio.wait((upcoming,))
             if (item := upcoming.result()) is None:
                 return
             yield item

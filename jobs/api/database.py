@@ -3,10 +3,9 @@
 import hashlib
 import re
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,8 +13,7 @@ from sqlalchemy import URL, BigInteger, ColumnElement, and_, func, literal, or_,
 from sqlalchemy.orm import Session
 
 from serving.errors import NotFoundError
-from serving.tenants.database import answering, open_engine, writing
-from serving.tenants.schema import prepare
+from serving.tenants.sessions import Sessions
 from serving.tenants.tables import FileRow, WorkRow
 
 ID = re.compile(r"(file-|batch_|job_)[0-9a-f]{32}")
@@ -43,28 +41,15 @@ class Database:
 
     def __init__(self, address: URL, *, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
-        self._engine = open_engine(address)
-        self._preparing = threading.Lock()
-        self._is_prepared = False
+        self._sessions = Sessions(address)
 
     def close(self) -> None:
         """Close the connections; a later use opens new ones."""
-        self._engine.dispose()
+        self._sessions.close()
 
-    @contextmanager
-    def session(self, *, writes: bool = False) -> Iterator[Session]:
+    def session(self, *, writes: bool = False) -> AbstractContextManager[Session]:
         """A transaction, committed at the end; its rows can be read afterwards."""
-        engine = writing(self._engine) if writes else self._engine
-        with answering(self._engine.url):
-            self._prepare()
-            with Session(engine, expire_on_commit=False) as session, session.begin():
-                yield session
-
-    def _prepare(self) -> None:
-        with self._preparing:
-            if not self._is_prepared:
-                prepare(self._engine)
-                self._is_prepared = True
+        return self._sessions.begin(writes=writes)
 
 
 def take_turns(session: Session, tenant: str) -> None:

@@ -54,4 +54,5 @@ class Office:
             endpoint=work.details.get("endpoint", ""),
             options=work.details.get("options", {}),
             most_lines=self.config.batch_lines,
+            weight=work.details.get("weight", 1.0),
         )

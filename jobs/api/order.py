@@ -23,7 +23,7 @@ class Order(Frozen):
     """A work as its process is told of it; it is written once, so that every process of the work is told the same.
 
     ``app`` is the application whose replicas do it, ``engine`` the fields of a spec that name theirs, ``source`` a path
-    or URI. ``began`` is in seconds since 1970.
+    or URI. ``began`` is in seconds since 1970. ``weight`` is the tenant's share when the work was asked for.
     """
 
     id: str
@@ -40,6 +40,7 @@ class Order(Frozen):
     endpoint: str = ""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     most_lines: int = 50_000
+    weight: float = 1.0
 
     @property
     def served(self) -> ServedModel:
@@ -48,7 +49,7 @@ class Order(Frozen):
 
     def spec(self, source: str, output: Path, options: dict[str, Any]) -> JobSpec:
         """A job of this work; raises ``ConfigError``."""
-        own = {"input": source, "output": str(output), "tenant": self.tenant}
+        own = {"input": source, "output": str(output), "tenant": self.tenant, "weight": self.weight}
         return JobSpec.parse({**self.engine, **options, **own}, where="options")
 
 

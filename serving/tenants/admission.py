@@ -48,15 +48,13 @@ class _Held:
 
 
 class Admission:
-    """Interactive requests of all gateways: those that wait, and those that run within ``capacity``.
+    """Interactive requests of all gateways: those that wait, and those that run in the room that the engines have.
 
     ``decide`` is to be called after every other call, and several times a second.
     """
 
-    def __init__(
-        self, capacity: Capacity, *, bounds: Bounds = USUAL_BOUNDS, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._capacity = capacity
+    def __init__(self, *, bounds: Bounds = USUAL_BOUNDS, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seen: dict[str, Capacity] = {}
         self._bounds = bounds
         self._clock = clock
         self._limiter = Limiter(clock)
@@ -78,9 +76,16 @@ class Admission:
         """Requests that wait."""
         return len(self._queue)
 
-    def resize(self, capacity: Capacity) -> None:
-        """The engines hold more or less from now on; what runs goes on."""
-        self._capacity = capacity
+    @property
+    def capacity(self) -> Capacity:
+        """What the engines hold by the gateway that sees most of them: one that comes has seen none yet."""
+        seen = self._seen.values()
+        return Capacity(max((c.samples for c in seen), default=0), max((c.tokens for c in seen), default=0))
+
+    def resize(self, gateway: str, capacity: Capacity) -> None:
+        """A gateway sees the engines hold more or less; what runs goes on."""
+        self._heard[gateway] = self._clock()
+        self._seen[gateway] = capacity
 
     def standing(self, caller: Caller) -> Standing:
         """What the caller may ask for now."""
@@ -202,6 +207,7 @@ class Admission:
             for held in list(self._held.get(gateway, {}).values()):
                 self._end(held, "the gateway of the request fell silent.")
             self._held.pop(gateway, None)
+            self._seen.pop(gateway, None)
             del self._heard[gateway]
 
     def _expire(self) -> None:
@@ -215,17 +221,18 @@ class Admission:
 
     def _grant(self) -> None:
         """Start the heads of the queue while they fit; what fits but is not at the head waits, or large ones starve."""
-        while (held := self._queue.head()) is not None and self._fits(held.ticket.demand):
+        capacity = self.capacity
+        while (held := self._queue.head()) is not None and self._fits(held.ticket.demand, capacity):
             self._last_wait = self._clock() - held.asked
             self._start(held)
             self._decided.append(Decision(held.ticket))
 
-    def _fits(self, demand: Demand) -> bool:
+    def _fits(self, demand: Demand, capacity: Capacity) -> bool:
         """Whether there is room; what is larger than all the engines together runs when nothing else does."""
         if not self._serving:
-            return self._capacity.samples > 0
+            return capacity.samples > 0
         samples, tokens = self._samples + demand.samples, self._tokens + demand.tokens
-        return samples <= self._capacity.samples and tokens <= self._capacity.tokens
+        return samples <= capacity.samples and tokens <= capacity.tokens
 
     def _start(self, held: _Held) -> None:
         demand = held.ticket.demand

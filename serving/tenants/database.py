@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from serving.errors import ConfigError, DatabaseAwayError
@@ -109,13 +109,19 @@ def writing(engine: Engine) -> Engine:
 
 @contextmanager
 def answering(address: URL) -> Iterator[None]:
-    """Raise ``DatabaseAwayError`` for all that a database says, or its driver for it, when it cannot be used now."""
+    """Raise ``DatabaseAwayError`` for whatever a database says, or its driver for it, but a broken constraint.
+
+    Besides one that is gone that is one that only reads, as after a failover, lacks its tables or is damaged: whoever
+    asks again and again is answered when it is mended.
+    """
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeoutError, sqlite3.OperationalError) as error:
+    except IntegrityError:
+        raise
+    except (DBAPIError, PoolTimeoutError, sqlite3.Error) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
         raise DatabaseAwayError(
-            f"The database {address.render_as_string()} does not answer: {' '.join(str(cause).split())}.",
+            f"The database {address.render_as_string()} does not answer as it should: {' '.join(str(cause).split())}.",
             remedy=f"Look whether it runs and {DATABASE_VARIABLE} names it, then try again.",
         ) from error
 

@@ -1,10 +1,12 @@
 """The desk where gateways have their requests admitted: one Ray actor an application, and the gateways' way to it.
 
-The actor ends with the gateway that made it; whichever needs it next makes it again. A new one admits nobody before all
-gateways have reported to it what runs; what its predecessor had counted of the last minute is lost.
+The actor is detached: it outlives the gateway that made it, and ends itself when no gateway has reported for a while, as
+when the application was deleted. Ray starts it again when its node is lost; a new one admits nobody before all gateways
+have reported to it what runs, and what its predecessor had counted of the last minute is lost.
 """
 
 import asyncio
+import time
 import uuid
 from contextlib import suppress
 from typing import Any
@@ -28,6 +30,9 @@ REPORT_SECONDS = 0.25
 SETTLE_SECONDS = BEAT_SECONDS + 0.5
 """A new actor admits nobody for so long: gateways that outlived the one before it have reported by then."""
 
+SILENCE_SECONDS = 60.0
+"""An actor to which nobody has reported for so long ends itself."""
+
 TICK_SECONDS = 0.25
 PAUSE_SECONDS = 0.2
 """Before an actor that does not answer is asked again."""
@@ -40,13 +45,17 @@ SPARE_CALLS = 1_000
 
 
 class Clerk:
-    """The actor: answers a gateway when its request may run, or is refused.
+    """The actor of an application: answers a gateway when its request may run, or is refused.
 
-    Refusals are returned, not raised: they are many when there is much to do, and Ray formats a traceback for each.
+    Refusals are returned, not raised: they are many when there is much to do, and Ray formats a traceback for each. It
+    ends after ``silence`` seconds without a report.
     """
 
-    def __init__(self, bounds: Bounds) -> None:
-        self._admission = Admission(Capacity(0, 0), bounds=bounds)
+    def __init__(self, app: str, bounds: Bounds, silence: float) -> None:
+        self._app = app
+        self._silence = silence
+        self._heard = time.monotonic()
+        self._admission = Admission(bounds=bounds)
         self._waiters: dict[Place, asyncio.Future[Ticket | SpanfillError]] = {}
         self._settled = asyncio.Event()
         self._ticks = asyncio.get_event_loop().create_task(self._tick())
@@ -66,7 +75,8 @@ class Clerk:
 
     async def report(self, gateway: str, report: Report) -> Reply:
         """What became of a gateway's requests."""
-        self._admission.resize(report.capacity)
+        self._heard = time.monotonic()
+        self._admission.resize(gateway, report.capacity)
         for ticket in report.again:
             self._admission.adopt(ticket)
         for number, made in report.made.items():
@@ -84,9 +94,10 @@ class Clerk:
     async def _tick(self) -> None:
         await asyncio.sleep(SETTLE_SECONDS)
         self._settled.set()
-        while True:
+        while time.monotonic() - self._heard < self._silence:
             await asyncio.sleep(TICK_SECONDS)
             self._turn()
+        await asyncio.to_thread(end_clerk, self._app)
 
     def _turn(self) -> None:
         for decision in self._admission.decide():
@@ -95,10 +106,21 @@ class Clerk:
                 waiter.set_result(decision.refusal or decision.ticket)
 
 
-def find_clerk(app: str, bounds: Bounds) -> Any:
+def find_clerk(app: str, bounds: Bounds, silence: float = SILENCE_SECONDS) -> Any:
     """The application's actor, made if there is none; raises ``ValueError`` when another gateway is making it."""
-    options = {"name": f"{app}-desk", "namespace": NAMESPACE, "get_if_exists": True, "num_cpus": 0, "max_restarts": -1}
-    return ray.remote(Clerk).options(**options, max_concurrency=bounds.total + SPARE_CALLS).remote(bounds)
+    options = {"name": _name(app), "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached"}
+    options |= {"num_cpus": 0, "max_restarts": -1, "max_concurrency": bounds.total + SPARE_CALLS}
+    return ray.remote(Clerk).options(**options).remote(app, bounds, silence)
+
+
+def end_clerk(app: str) -> None:
+    """End the application's actor for good, if there is one; the next gateway that needs one makes another."""
+    with suppress(ValueError):
+        ray.kill(ray.get_actor(_name(app), NAMESPACE))
+
+
+def _name(app: str) -> str:
+    return f"{app}-desk"
 
 
 class Desk:
@@ -241,7 +263,6 @@ class Desk:
 
     async def _lose(self, clerk: Any, error: RayActorError) -> None:
         """An actor did not answer: try again after a pause, with another if it is dead, and tell it what runs."""
-        # Ray ends an actor whose maker drops its handle, also one that it is just starting again.
         if self._clerk is clerk and isinstance(error, ActorDiedError):
             self._clerk = None
         self._unknown = frozenset(self._running)

@@ -9,6 +9,7 @@ import fcntl
 import json
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """A new journal below ``root``; one thread at a time may append."""
+    """A new journal below ``root``; one thread at a time may append, and any may sync beside it."""
 
     def __init__(self, root: Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
         self.folder = root / uuid.uuid4().hex
@@ -35,42 +36,67 @@ class Journal:
         self._segment_bytes = segment_bytes
         self._segment: int | None = None
         self._segments = self._written = self._numbered = 0
+        self._unsynced: list[int] = []
+        self._is_synced = self._is_listed = True
+        self._changing = threading.Lock()
 
     def append(self, records: Sequence[UsageRecord]) -> None:
-        """Put records on the disk.
+        """Hand records to the system, which keeps them whatever becomes of this process.
 
         When it raises ``OSError`` they may be there in part; they are to be appended again, get the same numbers, and
         stand in another segment.
         """
         first = self._numbered + 1
         lines = b"".join(_line(number, record) for number, record in enumerate(records, first))
-        segment = self._begin() if self._segment is None else self._segment
+        with self._changing:
+            segment = self._begin() if self._segment is None else self._segment
+            self._is_synced = False
+            try:
+                _write(segment, lines)
+            except OSError:
+                self._end_segment()
+                raise
+            self._numbered += len(records)
+            self._written += len(lines)
+            if self._written >= self._segment_bytes:
+                self._end_segment()
+
+    def sync(self) -> None:
+        """Put on the disk what was appended, for machines that lose power; raises ``OSError``."""
+        with self._changing:
+            if self._is_synced:
+                return
+            files, self._unsynced = self._unsynced, []
+            if self._segment is not None:
+                files.append(os.dup(self._segment))
+            is_listed, self._is_synced, self._is_listed = self._is_listed, True, True
         try:
-            _write(segment, lines)
-            os.fsync(segment)
-        except OSError:
-            self._end_segment()
-            raise
-        self._numbered += len(records)
-        self._written += len(lines)
-        if self._written >= self._segment_bytes:
-            self._end_segment()
+            for file in files:
+                os.fsync(file)
+            if not is_listed:
+                _sync(self.folder)
+        finally:
+            for file in files:
+                os.close(file)
 
     def close(self) -> None:
         """Let go of the folder; from now on anybody may deliver what is in it."""
-        self._end_segment()
+        with self._changing:
+            self._end_segment()
+            for file in self._unsynced:
+                os.close(file)
         os.close(self._lock)
 
     def _begin(self) -> int:
         self._segments, self._written = self._segments + 1, 0
         path = self.folder / f"{self._segments:08d}.jsonl"
         self._segment = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-        _sync(self.folder)
+        self._is_listed = False
         return self._segment
 
     def _end_segment(self) -> None:
         if self._segment is not None:
-            os.close(self._segment)
+            self._unsynced.append(self._segment)
         self._segment = None
 
 
@@ -106,7 +132,7 @@ class Delivery:
 
 def deliver_orphans(root: Path, add: Add) -> None:
     """Deliver and delete the journals below ``root`` whose gateways are gone; raises what ``add`` raises."""
-    for folder in sorted(path for path in root.iterdir() if not path.name.startswith(".")):
+    for folder in sorted(path for path in root.glob("*") if not path.name.startswith(".")):
         with _adopted(folder) as is_ours:
             if is_ours:
                 Delivery(folder, add).run(is_finished=True)

@@ -11,10 +11,9 @@ from serving.tenants.journal import Add, Delivery, Journal, deliver_orphans, rem
 from serving.tenants.store import TenantStore
 from serving.tenants.usage import UsageRecord
 
-BEHIND_SECONDS = 0.2
-"""What a kill or a loss of power costs at most: records that are younger, where the disk keeps up."""
+SYNC_SECONDS = 0.1
+"""What a loss of power costs: the latest records. The end of a process costs none."""
 
-WRITE_SECONDS = BEHIND_SECONDS / 2
 DELIVER_SECONDS = 1.0
 ORPHAN_SECONDS = 30.0
 """How often to look for what dead gateways left behind."""
@@ -24,7 +23,16 @@ logger = logging.getLogger(__name__)
 
 def open_meter(store: TenantStore) -> "Meter":
     """A meter with a journal in spanfill's home, apart from those for other databases."""
-    return Meter(store.add_usage, home_folder() / "usage" / store.fingerprint)
+    return Meter(store.add_usage, _journals(store))
+
+
+def collect(store: TenantStore) -> None:
+    """Count what dead gateways of this machine left behind; raises ``DatabaseAwayError``."""
+    deliver_orphans(_journals(store), store.add_usage)
+
+
+def _journals(store: TenantStore) -> Path:
+    return home_folder() / "usage" / store.fingerprint
 
 
 class Meter:
@@ -45,29 +53,31 @@ class Meter:
         self._orphans_at = 0.0
         self._threads = [
             threading.Thread(target=work, name="spanfill-usage", daemon=True)
-            for work in (self._keep_writing, self._keep_delivering)
+            for work in (self._keep_syncing, self._keep_delivering)
         ]
         for thread in self._threads:
             thread.start()
 
     def add(self, record: UsageRecord) -> None:
-        """Count a record; neither waits nor fails."""
+        """Count a record; it survives the end of this process, however that comes. Neither waits nor fails."""
         with self._lock:
             self._records.append(record)
+            if len(self._records) == 1:  # Else the disk has failed: it is tried again in the background.
+                self._write()
 
     def close(self) -> None:
         """Write and deliver the rest; what the database does not take now, another gateway delivers later."""
         self._ended.set()
         for thread in self._threads:
             thread.join()
-        self._write()
+        self._sync()
         if self._tried(is_finished=True):
             remove(self._journal.folder)
         self._journal.close()
 
-    def _keep_writing(self) -> None:
-        while not self._ended.wait(WRITE_SECONDS):
-            self._write()
+    def _keep_syncing(self) -> None:
+        while not self._ended.wait(SYNC_SECONDS):
+            self._sync()
 
     def _keep_delivering(self) -> None:
         self._tried(is_finished=False)
@@ -75,16 +85,22 @@ class Meter:
             self._tried(is_finished=False)
 
     def _write(self) -> None:
-        with self._lock:
-            records, self._records = self._records, []
-        if not records:
-            return
+        """Append what waits."""
         try:
-            self._journal.append(records)
+            self._journal.append(self._records)
         except OSError as error:
-            logger.error("the journal of usage cannot be written, it is tried again: %s", error)
-            with self._lock:
-                self._records = records + self._records
+            logger.error("the journal of usage cannot be written, %d records wait: %s", len(self._records), error)
+        else:
+            self._records = []
+
+    def _sync(self) -> None:
+        with self._lock:
+            if self._records:
+                self._write()
+        try:
+            self._journal.sync()
+        except OSError as error:
+            logger.error("the journal of usage cannot be put on the disk: %s", error)
 
     def _tried(self, *, is_finished: bool) -> bool:
         """Deliver what can be delivered; returns whether that was all."""

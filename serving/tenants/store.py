@@ -1,9 +1,7 @@
 """Tenants, their keys and their usage in a database, which is asked for nothing before it is first used."""
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import URL, or_, select
@@ -13,9 +11,9 @@ from sqlalchemy.orm import Session
 from serving.errors import AuthenticationError, NotFoundError, UsageError
 from serving.tenants import usage
 from serving.tenants.caller import Caller, Limits, Role
-from serving.tenants.database import answering, database_address, fingerprint, open_engine, writing
+from serving.tenants.database import database_address, fingerprint
 from serving.tenants.key_text import DECOY_HASH, KeyText, matches, new_key, parse_key
-from serving.tenants.schema import prepare
+from serving.tenants.sessions import Sessions
 from serving.tenants.tables import KeyRow, TenantRow
 from serving.tenants.terms import DEFAULT_TERMS, NO_LIMITS, Terms, check_limits, check_name, check_terms
 from serving.tenants.usage import DIMENSIONS, EVERYTHING, Dimension, Numbered, UsageFilter, UsageLine
@@ -49,19 +47,17 @@ class TenantStore:
     """
 
     def __init__(self, address: URL, *, clock: Callable[[], float] = time.time) -> None:
-        self._engine = open_engine(address)
+        self._sessions = Sessions(address)
         self._clock = clock
-        self._preparing = threading.Lock()
-        self._is_prepared = False
 
     @property
     def fingerprint(self) -> str:
         """What tells this database from others."""
-        return fingerprint(self._engine.url)
+        return fingerprint(self._sessions.address)
 
     def close(self) -> None:
         """Close the connections; a later use opens new ones."""
-        self._engine.dispose()
+        self._sessions.close()
 
     def create_tenant(self, name: str, terms: Terms = DEFAULT_TERMS) -> TenantRow:
         """A new tenant without keys; raises ``UsageError`` for a name that is taken or wrong, or for wrong terms."""
@@ -69,7 +65,7 @@ class TenantStore:
         check_terms(terms)
         row = TenantRow(name=name, terms=terms, created=self._clock(), revoked=None)
         try:
-            with self._session(writes=True) as session:
+            with self._sessions.begin(writes=True) as session:
                 session.add(row)
         except IntegrityError:
             raise UsageError(
@@ -79,25 +75,25 @@ class TenantStore:
 
     def tenants(self) -> list[TenantRow]:
         """All tenants by name, revoked ones too."""
-        with self._session() as session:
+        with self._sessions.begin() as session:
             return list(session.scalars(select(TenantRow).order_by(TenantRow.name)))
 
     def tenant(self, name: str) -> TenantRow:
         """One tenant; raises ``NotFoundError``."""
-        with self._session() as session:
-            return _tenant(session, name)
+        with self._sessions.begin() as session:
+            return _tenant(session, name, lock=False)
 
     def update_tenant(self, name: str, terms: Terms) -> TenantRow:
         """Give a tenant other terms; raises ``UsageError`` for wrong ones, ``NotFoundError``."""
         check_terms(terms)
-        with self._session(writes=True) as session:
+        with self._sessions.begin(writes=True) as session:
             row = _tenant(session, name)
             row.terms = terms
         return row
 
     def revoke_tenant(self, name: str) -> TenantRow:
         """Let none of a tenant's keys be valid any more; raises ``NotFoundError``."""
-        with self._session(writes=True) as session:
+        with self._sessions.begin(writes=True) as session:
             row = _tenant(session, name)
             row.revoked = self._clock() if row.revoked is None else row.revoked
         return row
@@ -123,7 +119,7 @@ class TenantStore:
             public_id=key.public_id, tenant=tenant, name=name, role=role, limits=limits, created=now, expires=expires,
             secret_hash=key.secret_hash, previous_hash=None, previous_until=None, revoked=None, last_used=None,
         )  # fmt: skip
-        with self._session(writes=True) as session:
+        with self._sessions.begin(writes=True) as session:
             if _tenant(session, tenant).revoked is not None:
                 raise UsageError(f"The tenant {tenant} was revoked.", remedy="Create another tenant.")
             _check_free(session, tenant, name, now)
@@ -133,12 +129,12 @@ class TenantStore:
     def keys(self, tenant: str | None = None) -> list[KeyRow]:
         """The keys of a tenant, or all, by tenant and name; revoked and expired ones too."""
         query = select(KeyRow).order_by(KeyRow.tenant, KeyRow.name, KeyRow.created)
-        with self._session() as session:
+        with self._sessions.begin() as session:
             return list(session.scalars(query if tenant is None else query.where(KeyRow.tenant == tenant)))
 
     def revoke_key(self, public_id: str) -> KeyRow:
         """Let a key be valid no more; raises ``NotFoundError``."""
-        with self._session(writes=True) as session:
+        with self._sessions.begin(writes=True) as session:
             row = _key(session, public_id)
             row.revoked = self._clock() if row.revoked is None else row.revoked
         return row
@@ -147,16 +143,14 @@ class TenantStore:
         """Give a key another secret and return its new text; the former one stays good for ``grace`` seconds.
 
         Name, limits, expiry and usage stay the key's. Of two rotations within the grace the first secret ends with the
-        second. Raises ``NotFoundError``, and ``UsageError`` for a revoked key.
+        second. Raises ``NotFoundError``, and ``UsageError`` for a key that is valid no more.
         """
-        key = new_key(public_id)
-        with self._session(writes=True) as session:
+        key, now = new_key(public_id), self._clock()
+        with self._sessions.begin(writes=True) as session:
             row = _key(session, public_id)
-            if row.revoked is not None:
-                raise UsageError(
-                    f"The key {public_id} was revoked.", remedy="Create another with spanfill keys create."
-                )
-            row.previous_hash, row.previous_until = row.secret_hash, self._clock() + grace
+            if end := _end_of(row, now):
+                raise UsageError(f"The key {public_id} {end}.", remedy="Create another with spanfill keys create.")
+            row.previous_hash, row.previous_until = row.secret_hash, now + grace
             row.secret_hash = key.secret_hash
         return row, key.text
 
@@ -173,7 +167,7 @@ class TenantStore:
         key = parse_key(key_text)
         if key is None:
             raise invalid_key()
-        with self._session() as session:
+        with self._sessions.begin() as session:
             row = session.get(KeyRow, key.public_id)
         return _check(row, key, self._clock())
 
@@ -183,28 +177,13 @@ class TenantStore:
         A source gives its records ascending numbers from 1 and offers them in that order. Something that is counted as
         a whole can be a source of one record.
         """
-        with self._session(writes=True) as session:
+        with self._sessions.begin(writes=True) as session:
             return usage.count(session, source, numbered)
 
     def usage(self, by: Sequence[Dimension] = DIMENSIONS, wanted: UsageFilter = EVERYTHING) -> list[UsageLine]:
         """Sums of what was used, parted and ordered by the dimensions."""
-        with self._session() as session:
+        with self._sessions.begin() as session:
             return usage.report(session, by, wanted)
-
-    @contextmanager
-    def _session(self, *, writes: bool = False) -> Iterator[Session]:
-        """A transaction, committed at the end; its rows can be read afterwards."""
-        engine = writing(self._engine) if writes else self._engine
-        with answering(self._engine.url):
-            self._prepare()
-            with Session(engine, expire_on_commit=False) as session, session.begin():
-                yield session
-
-    def _prepare(self) -> None:
-        with self._preparing:
-            if not self._is_prepared:
-                prepare(self._engine)
-                self._is_prepared = True
 
 
 def invalid_key() -> AuthenticationError:
@@ -212,8 +191,8 @@ def invalid_key() -> AuthenticationError:
     return AuthenticationError("The API key is not valid.", remedy="Check it, or ask an admin for a new one.")
 
 
-def _tenant(session: Session, name: str) -> TenantRow:
-    row = session.get(TenantRow, name, with_for_update=True)
+def _tenant(session: Session, name: str, *, lock: bool = True) -> TenantRow:
+    row = session.get(TenantRow, name, with_for_update=lock)
     if row is None:
         raise NotFoundError(f"There is no tenant {name}.", remedy="See spanfill tenants list.")
     return row
@@ -241,9 +220,13 @@ def _check(row: KeyRow | None, key: KeyText, now: float) -> KnownKey:
     until = row.previous_until if row is not None and is_former and not is_current else None
     if row is None or not (is_current or (until is not None and now < until)):
         raise invalid_key()
+    if end := _end_of(row, now):
+        raise AuthenticationError(f"The API key {key.public_id} {end}.", remedy="Ask an admin for a new one.")
+    return KnownKey(row.caller, min((end for end in (row.expires, until) if end), default=None))
+
+
+def _end_of(row: KeyRow, now: float) -> str:
+    """Why a key is valid no more; empty while it is."""
     if row.revoked is not None or row.owner.revoked is not None:
-        raise AuthenticationError(f"The API key {key.public_id} was revoked.", remedy="Ask an admin for a new one.")
-    ends = min((end for end in (row.expires, until) if end is not None), default=None)
-    if ends is not None and ends <= now:
-        raise AuthenticationError(f"The API key {key.public_id} has expired.", remedy="Ask an admin for a new one.")
-    return KnownKey(row.caller, ends)
+        return "was revoked"
+    return "has expired" if row.expires is not None and row.expires <= now else ""

@@ -1,6 +1,5 @@
 """What tenants and keys may be called and may use, checked before it is stored."""
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 NO_LIMITS = Limits()
 MOST = 2**63 - 1
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,12 @@ def check_limits(limits: Limits) -> None:
 
 
 def check_terms(terms: Terms) -> None:
-    """Raise ``UsageError`` for a weight that is no positive number, a wrong limit, or an empty list of models."""
-    if not (math.isfinite(terms.weight) and terms.weight > 0):
-        raise UsageError(f"A weight of {terms.weight} is no share.", remedy="Give a number above 0; 1 is usual.")
+    """Raise ``UsageError`` for a weight that is no share, a limit out of range, or an empty list of models."""
+    if not LEAST_WEIGHT <= terms.weight <= MOST_WEIGHT:
+        raise UsageError(
+            f"A weight of {terms.weight} is no share.",
+            remedy=f"Give a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:,g}; 1 is usual.",
+        )
     if terms.models is not None and not all(terms.models or [""]):
         raise UsageError("The list of models is empty.", remedy="Name one at least, or leave it out to allow all.")
     check_limits(terms.limits)

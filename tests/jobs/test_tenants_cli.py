@@ -1,6 +1,7 @@
 """``spanfill tenants`` and ``spanfill keys`` as people and scripts use them."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from serving.tenants.store import TenantStore, open_store
 from serving.tenants.usage import UsageRecord
 from tests.conftest import Command
 
+ROOT = Path(__file__).parents[2]
 USAGE = 2
 NOON = 1_800_014_400.0
 """Of 2027-01-15, in UTC."""
@@ -127,6 +129,19 @@ def test_usage_is_reported_as_asked(spanfill: Command, store: TenantStore) -> No
     assert json.loads(spanfill("tenants", "usage", "--tenant", "zeta", "--json").stdout) == {"usage": []}
 
 
+def test_what_a_killed_gateway_left_is_in_the_report(spanfill: Command, store: TenantStore, tmp_path: Path) -> None:
+    add = (
+        "from serving.tenants.metering import open_meter; from serving.tenants.store import open_store;"
+        "from serving.tenants.usage import UsageRecord; import os, signal;"
+        f"open_meter(open_store()).add(UsageRecord('acme', 'k', 'm', 1_000, 400, 30, {NOON}));"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", add], cwd=ROOT).returncode == -signal.SIGKILL
+    (total,) = json.loads(spanfill("tenants", "usage", "--by", "tenant", "--json").stdout)["usage"]
+    assert (total["tenant"], total["prompt_tokens"], total["requests"]) == ("acme", 1_000, 1)
+    assert not list((tmp_path / "home" / "usage").glob("*/*"))
+
+
 def test_people_read_tables(spanfill: Command, store: TenantStore) -> None:
     key = made(spanfill, "tenants", "create", "acme", "--tokens-per-minute", 100_000)
     shown = spanfill("tenants", "list").stdout
@@ -144,6 +159,7 @@ def test_people_read_tables(spanfill: Command, store: TenantStore) -> None:
         ("tenants create acme --weight 0", "no share"),
         ("tenants create acme --role owner", "'owner' is no role"),
         ("tenants create acme --expires soon", "'soon' is no length of time"),
+        ("tenants create acme --expires 9999w", "'9999w' is no length of time"),
         ("tenants create acme --models ,", "list of models is empty"),
         ("tenants usage --by colour", "colour is unknown"),
         ("tenants usage --since yesterday", "--since yesterday is no day"),
@@ -187,4 +203,4 @@ def test_help_shows_an_example(spanfill: Command, command: str) -> None:
 
 def test_the_command_starts_without_the_database_packages() -> None:
     check = "import sys, jobs.cli; sys.exit('sqlalchemy' in sys.modules or 'alembic' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parents[2]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0

@@ -14,7 +14,7 @@ from typing import Any
 
 DEBIAN = Path("/usr/lib/postgresql")
 MISSING = (
-    "These tests need PostgreSQL's server (initdb, pg_ctl) in the PATH or where Debian's package `postgresql` puts it."
+    "These tests need PostgreSQL's initdb, pg_ctl and createdb in the PATH or where Debian's package `postgresql` puts them."
 )
 
 
@@ -88,9 +88,9 @@ def own_server() -> Iterator[Postgres]:
 def _programs() -> Path:
     """The folder of the server's programs: Debian keeps them out of the PATH, one folder a version."""
     newest_first = sorted(DEBIAN.glob("*/bin"), key=lambda folder: float(folder.parent.name), reverse=True)
-    in_path = [Path(found).parent for found in [shutil.which("initdb")] if found]
+    in_path = [Path(found).resolve().parent for found in [shutil.which("initdb")] if found]
     for folder in (*in_path, *newest_first):
-        if (folder / "initdb").exists() and (folder / "pg_ctl").exists():
+        if all((folder / name).exists() for name in ("initdb", "pg_ctl", "createdb")):
             return folder
     raise FileNotFoundError(MISSING)
 

@@ -45,8 +45,13 @@ class Door:
 
     def __init__(self, samples: int = 2, tokens: int = 1_000, bounds: Bounds = USUAL_BOUNDS) -> None:
         self.clock = Clock()
-        self.admission = Admission(Capacity(samples, tokens), bounds=bounds, clock=self.clock)
+        self.admission = Admission(bounds=bounds, clock=self.clock)
+        self.resize(samples, tokens)
         self.asked = 0
+
+    def resize(self, samples: int, tokens: int = 1_000, *, seen_by: str = "g") -> None:
+        """A gateway sees what the engines hold."""
+        self.admission.resize(seen_by, Capacity(samples, tokens))
 
     def ask(self, wanted: Demand) -> Place:
         """Ask; what is decided is left to ``granted`` or ``refused``."""
@@ -108,13 +113,30 @@ def test_without_engines_nobody_is_served_until_some_come() -> None:
     for _ in range(3):
         door.ask(demand())
     assert door.granted() == []
-    door.admission.resize(Capacity(2, 1_000))
+    door.resize(2)
     assert door.granted() == [1, 2]
-    door.admission.resize(Capacity(1, 1_000))
+    door.resize(1)
     door.admission.leave(Place("g", 1))
     assert door.granted() == []
     door.admission.leave(Place("g", 2))
     assert door.granted() == [3]
+
+
+def test_the_gateway_that_sees_most_of_the_engines_is_believed_while_it_lives() -> None:
+    door = Door(samples=2)
+    for _ in range(4):
+        door.ask(demand(patience=100))
+    door.resize(0, 0, seen_by="comes")
+    assert door.granted() == [1, 2]
+    door.resize(3, seen_by="comes")
+    assert door.granted() == [3]
+    door.clock.now += LEASE_SECONDS - 1
+    door.resize(2)
+    door.admission.beat("g", {1, 2, 3, 4}, issued=4)
+    door.clock.now += 2
+    door.admission.leave(Place("g", 1))
+    assert door.granted() == [], "the one that saw three is silent: two run"
+    assert door.admission.capacity == Capacity(2, 1_000)
 
 
 def test_tenants_take_turns_however_many_requests_one_of_them_has() -> None:
@@ -302,6 +324,7 @@ def test_a_gateway_that_was_silent_for_too_long_comes_back_with_what_it_runs() -
     ticket = door.admission.ask(wanted, Place("slow", 1))
     assert door.granted() == [1]
     door.clock.now += LEASE_SECONDS + 1
+    door.resize(1)
     assert door.granted() == []
     door.admission.ask(wanted, Place("other", 1))
     assert door.granted() == [1]
@@ -316,6 +339,9 @@ def test_a_gateway_that_was_silent_for_too_long_comes_back_with_what_it_runs() -
 
 
 GATEWAYS = st.sampled_from(["g", "h"])
+WATCHER = "w"
+"""A gateway that has no requests, and never tires of telling what the engines hold."""
+
 OPEN_AT_ONCE = 4
 CALLERS = {
     "free": Caller("free", "key", weight=2.0),
@@ -336,7 +362,7 @@ class Gateways(RuleBasedStateMachine):
         super().__init__()
         self.clock = Clock()
         self.capacity = Capacity(3, 100)
-        self.admission = Admission(self.capacity, bounds=BOUNDS, clock=self.clock)
+        self.admission = Admission(bounds=BOUNDS, clock=self.clock)
         self.issued = Counter[str]()
         self.made = Counter[Place]()
         self.heard: dict[str, float] = {}
@@ -404,12 +430,11 @@ class Gateways(RuleBasedStateMachine):
     @rule(samples=st.integers(0, 4), tokens=st.integers(0, 150))
     def resize(self, samples: int, tokens: int) -> None:
         self.capacity = Capacity(samples, tokens)
-        self.admission.resize(self.capacity)
         self.decide()
 
     @rule()
     def start_again(self) -> None:
-        self.admission = Admission(self.capacity, bounds=BOUNDS, clock=self.clock)
+        self.admission = Admission(bounds=BOUNDS, clock=self.clock)
         self.waiting.clear()
         self.heard.clear()
         for place, ticket in self.running.items():
@@ -423,6 +448,7 @@ class Gateways(RuleBasedStateMachine):
             del self.heard[gateway]
             for place in [place for place in self.running if place.gateway == gateway]:
                 del self.running[place]
+        self.admission.resize(WATCHER, self.capacity)
         decided = self.admission.decide()
         for decision in decided:
             ticket = self.waiting.pop(decision.ticket.place)

@@ -122,10 +122,47 @@ def test_postgresql_that_goes_away_is_missed_and_found_again(postgres: Postgres)
     store = open_store(postgres.new_database())
     store.create_tenant("acme")
     _, text = store.create_key("acme")
-    with postgres.away(), pytest.raises(DatabaseAwayError, match="does not answer") as error:
+    with postgres.away(), pytest.raises(DatabaseAwayError, match="does not answer as it should") as error:
         store.caller(text)
     assert (error.value.retryable, error.value.http_status) == (True, 503)
     assert store.caller(text).tenant == "acme"
+    store.close()
+
+
+def test_an_empty_database_that_takes_the_place_of_a_lost_one_is_set_up(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    store = open_store(url)
+    store.create_tenant("acme")
+    engine = open_engine(database_address(url))
+    with engine.begin() as connection:
+        Table.metadata.drop_all(connection)
+        connection.exec_driver_sql(f"DROP TABLE {VERSION_TABLE}")
+    engine.dispose()
+    with pytest.raises(DatabaseAwayError, match="spanfill_tenants"):
+        store.tenants()
+    assert store.tenants() == []
+    store.close()
+
+
+def test_a_database_that_only_reads_is_missed_by_writers(postgres: Postgres) -> None:
+    """As a standby is, before it takes over."""
+    url = postgres.new_database()
+    store = open_store(url)
+    store.create_tenant("acme")
+    _, text = store.create_key("acme")
+    store.close()
+    standby = open_store(f"{url}&options=-c%20default_transaction_read_only=on")
+    assert standby.caller(text).tenant == standby.tenant("acme").name == "acme"
+    with pytest.raises(DatabaseAwayError, match="read-only"):
+        standby.create_tenant("zeta")
+    standby.close()
+
+
+def test_a_file_that_is_no_database_is_missed(tmp_path: Path) -> None:
+    (tmp_path / "spanfill.db").write_bytes(b"this is no database " * 100)
+    store = open_store(f"sqlite:///{tmp_path / 'spanfill.db'}")
+    with pytest.raises(DatabaseAwayError, match="not a database"):
+        store.tenants()
     store.close()
 
 

@@ -10,9 +10,10 @@ import pytest
 import ray
 
 from serving.errors import LimitError, OverloadedError, UsageError
+from serving.lifeline import NAMESPACE
 from serving.tenants.admission import LEASE_SECONDS
 from serving.tenants.caller import Caller, Limits
-from serving.tenants.desk import SETTLE_SECONDS, Desk, find_clerk
+from serving.tenants.desk import SETTLE_SECONDS, Desk, end_clerk, find_clerk
 from serving.tenants.tickets import USUAL_BOUNDS, Capacity, Demand, Ticket, Used
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("cluster")]
@@ -33,9 +34,9 @@ async def desks(count: int, capacity: Capacity) -> AsyncIterator[list[Desk]]:
     try:
         yield opened
     finally:
-        for desk in reversed(opened):  # The first one made the actor, which ends with it.
+        for desk in opened:
             await desk.close()
-        ray.kill(find_clerk(app, USUAL_BOUNDS))
+        end_clerk(app)
 
 
 async def waits(task: "asyncio.Task[Ticket]", seconds: float = 0.7) -> bool:
@@ -163,6 +164,64 @@ def test_a_lost_actor_is_made_again_and_learns_what_runs(for_good: bool) -> None
             assert await serves(desk, 0)
 
     asyncio.run(main())
+
+
+class Gateway:
+    """A gateway in a process of its own, with one request that runs."""
+
+    async def open(self, app: str) -> None:
+        self._desk = Desk(app, TWO)
+        await self._desk.admit(demand(limits=Limits(requests_per_minute=2)))
+
+
+def test_the_actor_outlives_the_gateway_that_made_it_and_remembers_what_was_used() -> None:
+    app = f"test-{uuid.uuid4().hex[:8]}"
+    gateway = ray.remote(Gateway).options(num_cpus=0).remote()
+    ray.get(gateway.open.remote(app), timeout=60)
+    made = ray.get_actor(f"{app}-desk", NAMESPACE)
+    ray.kill(gateway)
+
+    async def main() -> None:
+        desk = Desk(app, TWO)
+        wanted = demand(limits=Limits(requests_per_minute=2))
+        desk.leave(await desk.admit(wanted))
+        with pytest.raises(LimitError, match="2 requests a minute"):
+            await desk.admit(wanted)
+        await desk.close()
+
+    asyncio.run(main())
+    assert ray.get_actor(f"{app}-desk", NAMESPACE) == made
+    end_clerk(app)
+
+
+def test_an_actor_to_which_nobody_reports_ends_and_is_made_again_when_somebody_does() -> None:
+    app = f"test-{uuid.uuid4().hex[:8]}"
+    find_clerk(app, USUAL_BOUNDS, SETTLE_SECONDS + 1)
+
+    def is_there() -> bool:
+        try:
+            ray.get_actor(f"{app}-desk", NAMESPACE)
+        except ValueError:
+            return False
+        return True
+
+    async def main() -> None:
+        desk = Desk(app, ONE)
+        desk.leave(await desk.admit(demand()))
+        await asyncio.sleep(SETTLE_SECONDS + 2)
+        assert is_there(), "a gateway reports to it"
+        await desk.close()
+        for _ in range(300):
+            if not is_there():
+                break
+            await asyncio.sleep(0.1)
+        assert not is_there()
+        again = Desk(app, ONE)
+        again.leave(await again.admit(demand()))
+        await again.close()
+
+    asyncio.run(main())
+    end_clerk(app)
 
 
 def test_many_requests_are_all_admitted_and_nothing_is_left() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from serving.errors import DatabaseAwayError
 from serving.tenants.journal import Delivery, Journal, deliver_orphans
-from serving.tenants.metering import BEHIND_SECONDS, Meter, open_meter
+from serving.tenants.metering import Meter, collect, open_meter
 from serving.tenants.store import TenantStore, open_store
 from serving.tenants.usage import Numbered, UsageRecord
 from tests.serving.tenants.conftest import until
@@ -31,13 +31,10 @@ from serving.tenants.usage import UsageRecord
 meter = Meter(open_store(sys.argv[1]).add_usage, pathlib.Path(sys.argv[2]))
 for number in itertools.count(int(sys.argv[3])):
     meter.add(UsageRecord("acme", "k", "m", 10, 4, 3, time.time(), str(number)))
-    print(number, time.monotonic(), flush=True)
+    print(number, flush=True)
     time.sleep(0.001)
 """
 """A gateway whose every record is a job of its own, so that sums tell which records were counted, and how often."""
-
-SLACK_SECONDS = 0.5
-"""For a thread that waits for a core."""
 
 
 def record(job: object) -> UsageRecord:
@@ -69,7 +66,7 @@ def test_records_reach_the_store_while_the_gateway_lives_and_when_it_ends(store:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_killed_gateway_loses_no_more_than_it_may_and_nothing_counts_twice(
+def test_a_killed_gateway_loses_nothing_and_nothing_counts_twice(
     url: str, tmp_path: Path, seed: int
 ) -> None:
     draw = random.Random(seed)
@@ -84,19 +81,17 @@ def test_a_killed_gateway_loses_no_more_than_it_may_and_nothing_counts_twice(
         assert gateway.stdout is not None
         first = gateway.stdout.readline()
         time.sleep(draw.uniform(1, 3))
-        killed = time.monotonic()
         gateway.kill()
         lines = [first, *gateway.stdout]
         gateway.wait()
-        made = [(int(number), float(at)) for number, at in (line.split() for line in lines if line.endswith("\n"))]
-        safe = max(number for number, at in made if at < killed - BEHIND_SECONDS - SLACK_SECONDS)
+        made = [int(line) for line in lines if line.endswith("\n")]
         assert len(journals(root)) == 1, "what the gateway before left behind was adopted and deleted"
         Meter(store.add_usage, root).close()
         seen = counted(store)
         numbers = sorted(int(job) for job in seen if int(job) >= begin)
         assert set(seen.values()) == {1}
         assert numbers == list(range(begin, begin + len(numbers)))
-        assert safe <= numbers[-1] <= made[-1][0] + 1, "the last line may not have been printed whole"
+        assert made[-1] <= numbers[-1] <= made[-1] + 1, "the last line may not have been printed whole"
     total = store.usage([])[0]
     assert (total.requests, total.prompt_tokens) == (len(seen), 10 * len(seen))
     assert journals(root) == []
@@ -223,9 +218,30 @@ def test_a_disk_that_fails_in_between_loses_and_doubles_nothing(
     delivery.run(is_finished=False)
     assert counted(sqlite_store) == once(1, 2)
     journal.append([record(2), record(3), record(4)])
+    journal.sync()
     delivery.run(is_finished=False)
     assert counted(sqlite_store) == once(1, 2, 3, 4)
     journal.close()
+
+
+def test_a_meter_keeps_what_a_full_disk_does_not_take(
+    sqlite_store: TenantStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = Meter(sqlite_store.add_usage, tmp_path / "usage")
+    meter.add(record(1))
+
+    def full(file: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as failing:
+        failing.setattr("serving.tenants.journal.os.write", full)
+        for job in (2, 3):
+            meter.add(record(job))
+        time.sleep(0.3)
+    until(lambda: counted(sqlite_store) == once(1, 2, 3))
+    meter.add(record(4))
+    meter.close()
+    assert counted(sqlite_store) == once(1, 2, 3, 4)
 
 
 def test_journals_for_two_databases_are_kept_apart(
@@ -238,6 +254,15 @@ def test_journals_for_two_databases_are_kept_apart(
     journal.close()
     open_meter(sqlite_store).close()
     assert counted(sqlite_store) == {}
-    open_meter(other).close()
+    collect(other)
     assert counted(other) == once(1)
     other.close()
+
+
+def test_where_no_gateway_was_nothing_is_left_to_count(
+    sqlite_store: TenantStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPANFILL_HOME", str(tmp_path / "home"))
+    collect(sqlite_store)
+    assert counted(sqlite_store) == {}
+    assert not (tmp_path / "home").exists()

@@ -160,9 +160,21 @@ def test_a_rotation_does_not_prolong_a_key(store: TenantStore, clock: Clock) -> 
     row, old = store.create_key("acme", expires=clock.now + 60)
     _, new = store.rotate_key(row.public_id)
     assert store.known(old).expires == store.known(new).expires == clock.now + 60
-    store.revoke_key(row.public_id)
-    with pytest.raises(UsageError, match="was revoked"):
+    clock.now += 60
+    with pytest.raises(UsageError, match="has expired"):
         store.rotate_key(row.public_id)
+
+
+def test_what_was_revoked_is_not_rotated(store: TenantStore) -> None:
+    for tenant in ("acme", "zeta"):
+        store.create_tenant(tenant)
+    row, _ = store.create_key("acme")
+    other, _ = store.create_key("zeta")
+    store.revoke_key(row.public_id)
+    store.revoke_tenant("zeta")
+    for gone in (row, other):
+        with pytest.raises(UsageError, match="was revoked"):
+            store.rotate_key(gone.public_id)
 
 
 def test_terms_change_and_what_callers_get_with_them(store: TenantStore) -> None:
@@ -207,6 +219,7 @@ def test_names_that_a_cache_salt_cannot_hold_are_refused(sqlite_store: TenantSto
         Terms(weight=-1.0),
         Terms(weight=float("nan")),
         Terms(weight=float("inf")),
+        Terms(weight=1e-9),
         Terms(limits=Limits(tokens_per_minute=0)),
         Terms(limits=Limits(concurrency=-1)),
         Terms(limits=Limits(requests_per_minute=2**63)),
