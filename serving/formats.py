@@ -363,9 +363,9 @@ class Format:
             return "length"
         return "eom" if stop_token_id == self._end else "eos"
 
-    def watch(self, stop: Sequence[str], until: str | None = None) -> StopWatch:
-        """What tells, a token at a time, from where on ``infill`` would cut everything."""
-        return StopWatch(self.decode, self.tokenizer.special_ids, stop, until)
+    def watch(self, stop: Sequence[str], until: str | None = None, *, through: bool = False) -> StopWatch:
+        """What tells, a token at a time, from where on ``infill`` would cut everything; ``through`` control tokens."""
+        return StopWatch(self.decode, () if through else self.tokenizer.special_ids, stop, until)
 
     def infill(
         self,
