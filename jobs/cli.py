@@ -500,6 +500,16 @@ _clone_benchmark(
     "Whether this machine keeps many simulated H100s full; from a clone only.",
     "spanfill bench fleet --replicas 4 16 --study 64",
 )
+_clone_benchmark(
+    "loads",
+    "How long people wait beside a job on the same engines, and what the job keeps of its speed; from a clone only.",
+    "spanfill bench loads --engine simulated --rate 2 --seconds 120 --json loads.json",
+)
+_clone_benchmark(
+    "gateway",
+    "What HTTP costs beside a call of a replica's handle, and 200 streams at once; from a clone only.",
+    "spanfill bench gateway --streams 200 --seconds 60 --json gateway.json",
+)
 
 
 if __name__ == "__main__":
