@@ -18,6 +18,9 @@ Mode = Literal["run", "cancelled", "expired"]
 EXIT_HELD = 75
 """Another process works in the folder still (EX_TEMPFAIL of sysexits.h)."""
 
+GRACE_SECONDS = 45.0
+"""A process that was asked to stop lets what is in flight finish first; after so long it is killed."""
+
 
 class Order(Frozen):
     """A work as its process is told of it; it is written once, so that every process of the work is told the same.

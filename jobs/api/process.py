@@ -8,10 +8,7 @@ import time
 
 import ray
 
-from jobs.api.order import Mode, WorkFolder
-
-GRACE_SECONDS = 45.0
-"""A process that was asked to stop lets what is in flight finish first; after so long it is killed."""
+from jobs.api.order import GRACE_SECONDS, Mode, WorkFolder
 
 
 class WorkProcess:

@@ -19,7 +19,7 @@ from ray import serve
 
 from jobs.api.delivery import deliver
 from jobs.api.groups import group_spec
-from jobs.api.order import EXIT_HELD, Mode, Order, Outcome, Problem, WorkFolder
+from jobs.api.order import EXIT_HELD, GRACE_SECONDS, Mode, Order, Outcome, Problem, WorkFolder
 from jobs.api.translation import plan_of
 from jobs.runner import Watcher, run_job
 from jobs.store import locate, publish_bytes
@@ -60,10 +60,12 @@ def main() -> None:
 
 
 def _end_without(parent: int) -> None:
-    """Ask this process to stop, as a signal would, once its parent is gone."""
+    """Stop this process once its parent is gone, as the parent would have: another could not work in the folder."""
     while os.getppid() == parent:
         time.sleep(PARENT_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
