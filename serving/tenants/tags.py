@@ -24,6 +24,15 @@ class Tag:
         return BATCH_PRIORITY + int(self.start)
 
 
+@dataclass(slots=True)
+class _Tenant:
+    """The latest start of a tenant's rows, when all that it has had so far ends, and how many are open."""
+
+    start: float = 0.0
+    end: float = 0.0
+    open: int = 0
+
+
 class Tags:
     """Gives the batch rows of one engine their priorities, so that tenants are served in proportion to their weights.
 
@@ -33,8 +42,7 @@ class Tags:
 
     def __init__(self) -> None:
         self._now = 0.0
-        self._starts: dict[str, float] = {}
-        self._ends: dict[str, float] = {}
+        self._tenants: dict[str, _Tenant] = {}
         self._open = 0
 
     def open(self, tenant: str, service: float, *, weight: float = 1.0) -> Tag:
@@ -42,20 +50,23 @@ class Tags:
 
         A tenant's rows keep their order, whatever becomes of those before.
         """
-        start = max(self._now, self._starts.get(tenant, 0.0), self._ends.get(tenant, 0.0))
-        self._starts[tenant], self._ends[tenant] = start, start + service / weight
-        self._open += 1
-        return Tag(tenant, start, service, weight)
+        its = self._tenants.setdefault(tenant, _Tenant())
+        if not its.open:
+            its.end = max(its.end, self._now)  # What it did not use is not owed to it.
+        its.start = max(its.start, its.end)
+        its.end += service / weight
+        its.open, self._open = its.open + 1, self._open + 1
+        return Tag(tenant, its.start, service, weight)
 
     def close(self, tag: Tag, service: float = 0.0) -> None:
         """A row ended that was so much ``service`` in truth; what else was expected of it is its tenant's again.
 
         Virtual time goes on to the row's start, unless it was given up before it was served.
         """
-        self._open -= 1
+        its = self._tenants[tag.tenant]
+        its.open, self._open = its.open - 1, self._open - 1
+        its.end += (service - tag.service) / tag.weight
         if not self._open:
-            self._now, self._starts, self._ends = 0.0, {}, {}
-            return
-        self._ends[tag.tenant] += (service - tag.service) / tag.weight
-        if service:
+            self._now, self._tenants = 0.0, {}
+        elif service:
             self._now = max(self._now, tag.start)

@@ -72,9 +72,9 @@ class Recording:
     ) -> Result:
         self.priorities.append(priority)
         self.salts.append(cache_salt)
+        await asyncio.sleep(0)
         if self.fails:
             raise RuntimeError("as it was told to")
-        await asyncio.sleep(0)
         return Result(request.key)
 
 
