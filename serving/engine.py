@@ -4,20 +4,18 @@ import asyncio
 import gc
 import itertools
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 from serving.config import EngineConfig
 from serving.cores import available_cores
-from serving.engine_args import check_engine_args, installed_version, vllm_arguments, yielding_arguments
+from serving.engine_args import check_engine_args, installed_version, vllm_arguments, yield_to_people
 from serving.errors import ConfigError, EngineDeadError, EngineError
 from serving.merging import merged
-from serving.occupancy import Occupancy
+from serving.outputs import alternatives_of, completion_of, growth_of, is_enough, logprobs_of
 from serving.protocol import (
     BATCH_PRIORITY,
-    Alternatives,
-    Completion,
     EngineInfo,
     EngineStats,
     Growth,
@@ -25,6 +23,7 @@ from serving.protocol import (
     Result,
     Sampling,
 )
+from serving.readings import Readings
 from serving.stopping import StopWatch
 from serving.watching import clip, stop_watches
 
@@ -32,10 +31,10 @@ from serving.watching import clip, stop_watches
 class VllmEngine:
     """One AsyncLLM. Make it with ``VllmEngine.start``; it belongs to the event loop that made it."""
 
-    def __init__(self, llm: Any, info: EngineInfo, counters: "_Counters") -> None:
+    def __init__(self, llm: Any, info: EngineInfo, readings: Readings) -> None:
         self._llm = llm
         self._info = info
-        self._counters = counters
+        self._readings = readings
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._ids = itertools.count()
 
@@ -60,17 +59,16 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         try:
-            arguments = AsyncEngineArgs(
-                **vllm_arguments(config, on_cpu=on_cpu) | yielding_arguments(config, beside, on_cpu=on_cpu)
-            )
-            vllm_config = arguments.create_engine_config()
+            vllm_config = AsyncEngineArgs(**vllm_arguments(config, on_cpu=on_cpu)).create_engine_config()
         except (ValueError, TypeError) as error:
             raise ConfigError(
                 f"vLLM refuses its configuration: {error}", remedy="Change the engine arguments."
             ) from error
-        counters = _Counters()
+        if beside is not None:
+            yield_to_people(vllm_config, beside)
+        readings = Readings()
         try:
-            llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[counters.logger])
+            llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[readings.logger])
         except (RuntimeError, ValueError, OSError) as error:
             raise EngineError(f"vLLM did not start: {error}", remedy="Its own messages above say why.") from error
         cache_config = vllm_config.cache_config
@@ -86,7 +84,7 @@ class VllmEngine:
             cores=bound if on_cpu else (),
             versions={name: installed_version(name) for name in ("vllm", "torch", "ray", "spanfill")},
         )
-        engine = cls(llm, info, counters)
+        engine = cls(llm, info, readings)
         del llm  # An import's traceback may keep this frame, and the finaliser must not wait for it: see shutdown.
         return engine
 
@@ -118,10 +116,10 @@ class VllmEngine:
         prompt = outputs[0] if sampling.prompt_logprobs else None
         return Result(
             request.key,
-            tuple(clip(_completion(o, sampling), watch) for o, watch in zip(outputs, watches, strict=True)),
+            tuple(clip(completion_of(o, sampling), watch) for o, watch in zip(outputs, watches, strict=True)),
             sum(output.num_cached_tokens or 0 for output in outputs),
-            _logprobs(prompt.prompt_logprobs[1:], prompt.prompt_token_ids[1:]) if prompt else None,
-            _alternatives(prompt.prompt_logprobs[1:], sampling) if prompt else None,
+            logprobs_of(prompt.prompt_logprobs[1:], prompt.prompt_token_ids[1:]) if prompt else None,
+            alternatives_of(prompt.prompt_logprobs[1:], sampling) if prompt else None,
         )
 
     async def stream(
@@ -170,7 +168,7 @@ class VllmEngine:
         async with aclosing(self._outputs(token_ids, params, priority, cache_salt)) as outputs:
             async for output in outputs:
                 final = output
-                if watch is not None and _is_enough(output, watch):
+                if watch is not None and is_enough(output, watch):
                     break
         return final
 
@@ -189,7 +187,7 @@ class VllmEngine:
         params = sampling_params(sampling, seed, kind="DELTA")
         async with aclosing(self._outputs(token_ids, params, priority, cache_salt)) as outputs:
             async for output in outputs:
-                growth = _growth(key, sample, output, sampling, watch)
+                growth = growth_of(key, sample, output, sampling, watch)
                 yield growth
                 if growth.finish_reason:
                     break
@@ -207,7 +205,7 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """The reading after the latest engine step."""
-        return self._counters.stats
+        return self._readings.stats
 
     async def check_health(self) -> None:
         """Raise ``EngineDeadError`` if vLLM's engine core is gone."""
@@ -230,13 +228,6 @@ def _core_binding(cores: tuple[int, ...], ranks: int) -> str:
     share = max(1, len(cores) // ranks)
     groups = (cores[rank * share : (rank + 1) * share] or cores for rank in range(ranks))
     return "|".join(",".join(map(str, group)) for group in groups)
-
-
-def _is_enough(output: Any, watch: StopWatch) -> bool:
-    """Show a watch the tokens that it has not seen; a stop token is none of the completion's."""
-    sample = output.outputs[0]
-    stop = len(sample.token_ids) - (sample.finish_reason == "stop")
-    return watch.add(sample.token_ids[watch.seen : stop]) is not None
 
 
 def sampling_params(sampling: Sampling, seed: int, *, kind: str) -> Any:
@@ -283,88 +274,3 @@ def _translated(llm: Any) -> Iterator[None]:
 
 def _failed(key: int, code: str, message: str) -> Growth:
     return Growth(key, 0, [], finish_reason="error", error_code=code, error_message=message)
-
-
-def _completion(output: Any, sampling: Sampling) -> Completion:
-    sample = output.outputs[0]
-    token_ids = list(sample.token_ids)
-    logprobs = _logprobs(sample.logprobs, token_ids) if sampling.logprobs else None
-    alternatives = _alternatives(sample.logprobs, sampling) if sampling.logprobs else None
-    if sample.finish_reason != "stop":
-        return Completion(token_ids, "length", None, logprobs, alternatives)
-    return Completion(token_ids[:-1], "stop", token_ids[-1], logprobs, alternatives)
-
-
-def _growth(key: int, sample: int, output: Any, sampling: Sampling, watch: StopWatch | None) -> Growth:
-    """One of vLLM's deltas, cut where the watch needs no more of it."""
-    seen = watch.seen if watch else 0
-    completion = _completion(output, sampling)
-    if watch is not None and watch.add(completion.token_ids) is not None:
-        completion = clip(completion, watch, seen)
-    elif output.outputs[0].finish_reason is None:
-        return Growth(key, sample, completion.token_ids, completion.logprobs, completion.alternatives)
-    return Growth(
-        key,
-        sample,
-        completion.token_ids,
-        completion.logprobs,
-        completion.alternatives,
-        completion.finish_reason,
-        completion.stop_token_id,
-        output.num_cached_tokens or 0,
-    )
-
-
-def _logprobs(steps: Sequence[Mapping[int, Any]], token_ids: Sequence[int]) -> list[float]:
-    return [step[token].logprob for step, token in zip(steps, token_ids, strict=True)]
-
-
-def _alternatives(steps: Sequence[Mapping[int, Any]], sampling: Sampling) -> list[Alternatives] | None:
-    """The likeliest tokens of each step; vLLM adds the one that was taken where it is none of them."""
-    most = sampling.alternatives
-    if not most:
-        return None
-    ranked = (sorted(step.items(), key=lambda item: item[1].rank)[:most] for step in steps)
-    return [tuple((token, found.logprob) for token, found in step if found.rank <= most) for step in ranked]
-
-
-class _Counters:
-    """Adds up what vLLM reports after each engine step; one engine, so the latest gauge is the gauge."""
-
-    def __init__(self) -> None:
-        self.stats = EngineStats()
-        self._occupancy = Occupancy()
-
-    def logger(self, vllm_config: Any, engine_index: int = 0) -> Any:
-        from vllm.v1.metrics.loggers import StatLoggerBase
-
-        counters = self
-
-        class Logger(StatLoggerBase):  # type: ignore[misc]
-            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-                self.engine_index = engine_index
-
-            def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
-                counters.add(scheduler_stats, iteration_stats)
-
-            def log_engine_initialized(self) -> None:
-                """Nothing to say: the replica says it."""
-
-        return Logger(vllm_config, engine_index)
-
-    def add(self, scheduler: Any, iteration: Any) -> None:
-        before = self.stats
-        if scheduler:
-            self._occupancy.tell(scheduler.num_running_reqs)
-        self.stats = EngineStats(
-            running=scheduler.num_running_reqs if scheduler else before.running,
-            waiting=scheduler.num_waiting_reqs if scheduler else before.waiting,
-            kv_cache_usage=scheduler.kv_cache_usage if scheduler else before.kv_cache_usage,
-            prefix_cache_queries=before.prefix_cache_queries
-            + (scheduler.prefix_cache_stats.queries if scheduler else 0),
-            prefix_cache_hits=before.prefix_cache_hits + (scheduler.prefix_cache_stats.hits if scheduler else 0),
-            output_tokens=before.output_tokens + (iteration.num_generation_tokens if iteration else 0),
-            steps=before.steps + 1,
-            busy_seconds=self._occupancy.busy_seconds,
-            row_seconds=self._occupancy.row_seconds,
-        )

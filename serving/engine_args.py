@@ -11,6 +11,7 @@ from typing import Any
 
 from serving.config import EngineConfig
 from serving.errors import ConfigError
+from serving.yielding import BESIDE
 
 OWN_ARGUMENTS = {
     "model": "--model",
@@ -157,13 +158,8 @@ def vllm_arguments(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
     }
 
 
-def yielding_arguments(config: EngineConfig, beside: int | None, *, on_cpu: bool) -> dict[str, Any]:
-    """The scheduler in which batch rows make way, as engine arguments; vLLM's own where nobody but jobs comes."""
-    if beside is None:
-        return {}
-    ahead = not on_cpu and config.engine_args.get("async_scheduling") is not False
-    told = config.engine_args.get("additional_config")
-    return {
-        "scheduler_cls": f"serving.scheduler.{'Async' if ahead else ''}YieldingScheduler",
-        "additional_config": (told if isinstance(told, dict) else {}) | {"spanfill_rows_beside": beside},
-    }
+def yield_to_people(vllm_config: Any, beside: int) -> None:
+    """Let vLLM schedule with ``serving.scheduler``; after vLLM has decided whether it schedules a step ahead."""
+    scheduling = vllm_config.scheduler_config
+    scheduling.scheduler_cls = f"serving.scheduler.{'Async' if scheduling.async_scheduling else ''}YieldingScheduler"
+    vllm_config.additional_config = {**vllm_config.additional_config, BESIDE: beside}

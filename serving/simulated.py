@@ -1,6 +1,6 @@
 """A measuring instrument with the engine's interface: deterministic noise after a roofline clock, or at once.
 
-It schedules as vLLM does (continuous batching, chunked prefill, priorities, a prefix cache of whole blocks) and takes
+It schedules as vLLM does (``serving.batching``: chunked prefill, priorities, a prefix cache of whole blocks) and takes
 the time that ``serving.roofline`` says. It computes nothing: what it answers is noise, and everything made of it is
 labelled ``simulated`` or ``instant``.
 """
@@ -8,20 +8,18 @@ labelled ``simulated`` or ``instant``.
 import array
 import asyncio
 import hashlib
-import heapq
 import itertools
 import os
 import random
 import signal
 import time
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Ids
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
-from serving.config import EngineConfig, RooflineConfig
+from serving.batching import Scheduler, Sequence
+from serving.config import EngineConfig
 from serving.engine_args import installed_version
 from serving.errors import EngineDeadError
 from serving.merging import merged
@@ -37,9 +35,7 @@ from serving.protocol import (
     Result,
     Sampling,
 )
-from serving.roofline import step_seconds
 from serving.watching import clip, stop_watches
-from serving.yielding import SEATS, Turn, turn
 
 NO_MORE = -1
 NOISE = random.Random(0).choices(range(1_000, 21_000), k=1 << 16)
@@ -147,8 +143,9 @@ class SimulatedEngine:
             timed.add_done_callback(lambda _: steps.put_nowait(NO_MORE))
             try:
                 while (made := await steps.get()) != NO_MORE:
-                    yield Growth(request.key, sample, **_between(completion, told, made))
-                    told = made
+                    if made > told:
+                        yield Growth(request.key, sample, **_between(completion, told, made))
+                        told = made
                 cached = await timed
             finally:
                 timed.cancel()
@@ -178,7 +175,7 @@ class SimulatedEngine:
         self._dead = error
         if self._task is not None:
             self._task.cancel()
-        for sequence in (*self._scheduler.running, *(s for _, _, s in self._scheduler.waiting)):
+        for sequence in (*self._scheduler.running, *(s for _, s in self._scheduler.waiting)):
             if not sequence.done.done():
                 sequence.done.set_exception(EngineDeadError(error.message))
 
@@ -246,153 +243,6 @@ class SimulatedEngine:
     async def shutdown(self) -> None:
         """Stop the clock."""
         self._die(EngineDeadError("the simulated engine was shut down."))
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One sample under way: ``computed`` counts prompt tokens in the KV cache, ``left`` output tokens to make."""
-
-    token_ids: Ids[int]
-    left: int
-    cache_salt: str | None
-    done: "asyncio.Future[None]"
-    cached: int = 0
-    computed: int = 0
-    made: int = 0
-    cancelled: bool = False
-    is_of_batch: bool = True
-    told: "asyncio.Queue[int] | None" = None
-    blocks: list[int] = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        """Tokens of KV cache that it will hold at its end."""
-        return len(self.token_ids) + self.made + self.left
-
-
-class Scheduler:
-    """Continuous batching without an engine: ``step`` plans one step and says how long it takes."""
-
-    def __init__(self, roofline: RooflineConfig, *, beside: int | None = None) -> None:
-        self._roofline = roofline
-        self._beside = beside
-        self._order = itertools.count()
-        self._cache: OrderedDict[int, None] = OrderedDict()
-        self.waiting: list[tuple[int, int, Sequence]] = []
-        self.running: list[Sequence] = []
-        self.used_tokens = self.queries = self.hits = 0
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step has anything to do."""
-        return bool(self.waiting or self.running)
-
-    def add(self, sequence: Sequence, priority: int) -> None:
-        """Queue one sequence; lower priorities run first."""
-        sequence.is_of_batch = priority >= BATCH_PRIORITY
-        heapq.heappush(self.waiting, (priority, next(self._order), sequence))
-
-    def step(self) -> float:
-        """Admit what fits, advance every running sequence, and return the step's seconds."""
-        self._drop_cancelled()
-        now = self._turn()
-        rows = [sequence for sequence in self.running if sequence.is_of_batch]
-        going = [s for s in self.running if not s.is_of_batch] + rows[: now.going]
-        budget = self._roofline.max_num_batched_tokens
-        kv_read = tokens = 0
-        for sequence in going:
-            if sequence.computed == len(sequence.token_ids) and budget:
-                budget, tokens = budget - 1, tokens + 1
-                kv_read += sequence.computed + sequence.made
-                sequence.made, sequence.left = sequence.made + 1, sequence.left - 1
-        for sequence in itertools.chain(going, self._admitted(now.beginning)):
-            if not budget:
-                break
-            chunk = min(len(sequence.token_ids) - sequence.computed, budget)
-            if chunk:
-                budget, tokens = budget - chunk, tokens + chunk
-                kv_read += sequence.computed
-                self._compute(sequence, chunk)
-        return step_seconds(self._roofline, tokens=tokens, kv_tokens_read=kv_read)
-
-    def _turn(self) -> Turn:
-        """What batch rows may do in this step; without people ever, whatever they like."""
-        rows = sum(sequence.is_of_batch for sequence in self.running)
-        if self._beside is None:
-            return Turn(rows, len(self.waiting))
-        waiting = sum(not sequence.is_of_batch for _, _, sequence in self.waiting)
-        return turn(
-            people=len(self.running) - rows + waiting,
-            rows=rows,
-            beside=self._beside,
-            places=self._roofline.max_num_seqs,
-            is_full=self.used_tokens > self._roofline.kv_cache_tokens * (1 - 1 / SEATS),
-        )
-
-    def _compute(self, sequence: Sequence, chunk: int) -> None:
-        """Compute prompt tokens; whole blocks are in the cache for whoever is admitted next, in this very step too."""
-        sequence.computed += chunk
-        self._remember(sequence.blocks[: sequence.computed // self._roofline.block_size])
-        if sequence.computed == len(sequence.token_ids):
-            sequence.made, sequence.left = 1, sequence.left - 1
-
-    def finish_step(self) -> None:
-        """Answer the sequences that the step completed, and tell those that want to know how far they are."""
-        for sequence in self.running:
-            if sequence.told is not None and sequence.made and sequence.left > 0:
-                sequence.told.put_nowait(sequence.made)
-        for sequence in [s for s in self.running if s.left <= 0]:
-            self._release(sequence)
-            if not sequence.done.done():
-                sequence.done.set_result(None)
-
-    def _drop_cancelled(self) -> None:
-        for sequence in [s for s in self.running if s.cancelled]:
-            self._release(sequence)
-        while self.waiting and self.waiting[0][2].cancelled:
-            heapq.heappop(self.waiting)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.used_tokens -= sequence.size
-
-    def _admitted(self, rows: int) -> Iterator[Sequence]:
-        """Waiting sequences as far as there is room, ``rows`` of batches, each admitted when it is asked for."""
-        roofline = self._roofline
-        while self.waiting and len(self.running) < roofline.max_num_seqs:
-            sequence = self.waiting[0][2]
-            if sequence.is_of_batch and not rows:
-                return
-            if self.running and self.used_tokens + sequence.size > roofline.kv_cache_tokens:
-                return
-            heapq.heappop(self.waiting)
-            if sequence.cancelled:
-                continue
-            rows -= sequence.is_of_batch
-            sequence.cached = sequence.computed = self._lookup(sequence)
-            self.used_tokens += sequence.size
-            self.running.append(sequence)
-            yield sequence
-
-    def _lookup(self, sequence: Sequence) -> int:
-        size = self._roofline.block_size
-        parent = hash(sequence.cache_salt)
-        for start in range(0, len(sequence.token_ids) - size + 1, size):
-            parent = hash((parent, tuple(sequence.token_ids[start : start + size])))
-            sequence.blocks.append(parent)
-        known = len(list(itertools.takewhile(self._cache.__contains__, sequence.blocks)))
-        # As in vLLM, the last token is always computed: its logits are needed.
-        cached = min(known * size, (len(sequence.token_ids) - 1) // size * size)
-        self.queries += len(sequence.token_ids)
-        self.hits += cached
-        return cached
-
-    def _remember(self, blocks: list[int]) -> None:
-        for block in reversed(blocks):
-            self._cache[block] = None
-            self._cache.move_to_end(block)
-        while len(self._cache) * self._roofline.block_size > self._roofline.kv_cache_tokens:
-            self._cache.popitem(last=False)
 
 
 def _holds(token_ids: Ids[int], wanted: Ids[int]) -> bool:
