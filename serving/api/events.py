@@ -20,6 +20,9 @@ Apologise = Callable[[SpanfillError], str]
 SSE = "text/event-stream"
 NDJSON = "application/x-ndjson"
 DONE = "data: [DONE]\n\n"
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+"""An event, as OpenAPI describes one since 3.2."""
+
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -80,5 +83,5 @@ async def _followed(first: str, lines: AsyncIterator[str], apologise: Apologise)
 
 def described(media_type: str, description: str) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI tells of the answer of a route that may stream it."""
-    content = {media_type: {"schema": {"type": "string"}}}
+    content = {media_type: {"itemSchema": EVENT} if media_type == SSE else {"schema": {"type": "string"}}}
     return {200: {"description": description, "content": content, "headers": LIMIT_HEADERS}}

@@ -1,8 +1,5 @@
 """The whole application: what it describes of itself, and that it does nothing else, whatever is sent."""
 
-from typing import Any
-
-import pytest
 import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, settings
@@ -32,13 +29,7 @@ def app_of(*, healthy: bool = True) -> FastAPI:
     return application(house.service, Door(find), house.metrics, is_healthy=lambda: healthy)
 
 
-@pytest.fixture(scope="module")
-def described() -> Any:
-    """What schemathesis makes of the description."""
-    return schemathesis.openapi.from_asgi("/openapi.json", app_of())
-
-
-schema = schemathesis.pytest.from_fixture("described")
+schema = schemathesis.openapi.from_asgi("/openapi.json", app_of())
 
 
 @schema.parametrize()

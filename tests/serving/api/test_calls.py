@@ -78,9 +78,9 @@ def test_a_call_that_is_lost_before_anything_came_is_made_again(lost: BaseExcept
 
 def test_a_call_that_is_lost_three_times_is_an_error() -> None:
     with pytest.raises(EngineDeadError, match="the replica was lost"):
-        read(Replicas(*[Response(ActorDiedError())] * 3))
+        read(Replicas(*(Response(ActorDiedError()) for _ in range(3))))
     with pytest.raises(OverloadedError, match="no replica is ready"):
-        read(Replicas(*[Response(RayServeException("none"))] * 3))
+        read(Replicas(*(Response(RayServeException("none")) for _ in range(3))))
 
 
 def test_a_call_that_is_lost_when_something_had_come_is_not_made_again() -> None:
