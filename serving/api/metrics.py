@@ -24,14 +24,21 @@ class Metrics:
     """One gateway's; several gateways are several targets, whose counters add up."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        named = {"registry": self._registry}
-        self._requests = Counter("spanfill_requests", "Requests answered.", ["route", "status"], **named)
-        self._seconds = Histogram("spanfill_request_seconds", "End to end.", ["route"], buckets=SECONDS, **named)
-        self._first = Histogram("spanfill_ttft_seconds", "From admission to the first token.", buckets=SECONDS, **named)
-        self._waited = Histogram("spanfill_wait_seconds", "From arrival to admission.", buckets=SECONDS, **named)
-        self._tokens = Counter("spanfill_tokens", "Tokens served.", ["kind"], **named)
-        self._engines = Gauge("spanfill_engine", "The replicas' latest readings, added up.", ["reading"], **named)
+        registry = self._registry = CollectorRegistry()
+        self._requests = Counter("spanfill_requests", "Requests answered.", ["route", "status"], registry=registry)
+        self._seconds = Histogram(
+            "spanfill_request_seconds", "End to end.", ["route"], buckets=SECONDS, registry=registry
+        )
+        self._first = Histogram(
+            "spanfill_ttft_seconds", "From admission to the first token.", buckets=SECONDS, registry=registry
+        )
+        self._waited = Histogram(
+            "spanfill_wait_seconds", "From arrival to admission.", buckets=SECONDS, registry=registry
+        )
+        self._tokens = Counter("spanfill_tokens", "Tokens served.", ["kind"], registry=registry)
+        self._engines = Gauge(
+            "spanfill_engine", "The replicas' latest readings, added up.", ["reading"], registry=registry
+        )
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """A request ended; status 499: its client went away."""

@@ -65,13 +65,13 @@ class House:
         desk: Desk | None = None,
         stream: Call[list[Growth]] | None = None,
         model: ServedModel = MODEL,
-        **roofline: float,
+        time_scale: float = 1.0,
     ) -> None:
         config = EngineConfig(
             kind="instant" if instant else "simulated",
             model="demo",
             max_model_len=model.context,
-            roofline=RooflineConfig(**roofline),  # type: ignore[arg-type]
+            roofline=RooflineConfig(time_scale=time_scale),
         )
         self.engine = SimulatedEngine(config)
         self.batches: list[MicroBatch] = []

@@ -53,9 +53,8 @@ def grows(text: str, *, end: bool = True) -> list[Growth]:
 )
 def test_a_stream_joins_to_the_answer(ask: Ask, instant: bool) -> None:
     async def run() -> None:
-        fast = {} if instant else {"time_scale": 1_000.0}
-        whole = await House(instant=instant, **fast).service.answer([ask, INFILL], ACME, "demo")
-        texts, pieces, end = await streamed(House(instant=instant, **fast), ask, INFILL)
+        whole = await House(instant=instant, time_scale=1_000.0).service.answer([ask, INFILL], ACME, "demo")
+        texts, pieces, end = await streamed(House(instant=instant, time_scale=1_000.0), ask, INFILL)
         assert [texts[index] for index in sorted(texts)] == [choice.text for choice in whole.choices]
         last = {piece.index: piece.reason for piece in pieces if piece.reason}
         assert [last[index] for index in sorted(last)] == [choice.reason for choice in whole.choices]
@@ -166,7 +165,7 @@ def test_whoever_goes_away_frees_the_engine_and_pays_for_what_was_made() -> None
         long = replace(INFILL, max_tokens=200, decoding=Decoding(ignore_eos=True))
         stream = house.service.stream([long], ACME, "demo")
         await anext(stream)
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
         await asyncio.sleep(0.1)
         assert house.engine.stats().running == 0
         assert len(house.desk.left) == 1
