@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-
 PIPED_WIDTH = 300
 """Characters of a line at most that is not for a terminal: an id that is cut off is of no use to a script."""
 

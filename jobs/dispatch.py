@@ -54,9 +54,7 @@ class Answer:
 class Dispatcher:
     """Sends micro-batches until they are answered."""
 
-    def __init__(
-        self, call: Call, *, max_attempts: int, cache_salt: str | None = None, weight: float = 1.0
-    ) -> None:
+    def __init__(self, call: Call, *, max_attempts: int, cache_salt: str | None = None, weight: float = 1.0) -> None:
         self._call = call
         self._cache_salt = cache_salt
         self._weight = weight

@@ -1,8 +1,8 @@
 """The desk where gateways have their requests admitted: one Ray actor an application, and the gateways' way to it.
 
-The actor is detached: it outlives the gateway that made it, and ends itself when no gateway has reported for a while, as
-when the application was deleted. Ray starts it again when its node is lost; a new one admits nobody before all gateways
-have reported to it what runs, and what its predecessor had counted of the last minute is lost.
+The actor is detached: it outlives the gateway that made it, and ends itself when no gateway has reported for a while,
+as when the application was deleted. Ray starts it again when its node is lost; a new one admits nobody before all
+gateways have reported to it what runs, and what its predecessor had counted of the last minute is lost.
 """
 
 import asyncio

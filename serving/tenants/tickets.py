@@ -79,9 +79,10 @@ USUAL_BOUNDS = Bounds()
 class Report:
     """What a gateway tells; what is said first counts first.
 
-    ``capacity`` is what it sees of the engines (nothing, before it has looked), ``again`` tickets that run and that the desk does not know, ``made``
-    output tokens so far by ticket number, ``left`` the requests that ended (None: nobody knows what they used),
-    ``running`` and ``waiting`` the numbers of those that are open, up to ``issued``, the last number that it gave.
+    ``capacity`` is what it sees of the engines (nothing, before it has looked), ``again`` tickets that run and that the
+    desk does not know, ``made`` output tokens so far by ticket number, ``left`` the requests that ended (None: nobody
+    knows what they used), ``running`` and ``waiting`` the numbers of those that are open, up to ``issued``, the last
+    number that it gave.
     """
 
     capacity: Capacity

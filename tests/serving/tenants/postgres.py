@@ -14,7 +14,8 @@ from typing import Any
 
 DEBIAN = Path("/usr/lib/postgresql")
 MISSING = (
-    "These tests need PostgreSQL's initdb, pg_ctl and createdb in the PATH or where Debian's package `postgresql` puts them."
+    "These tests need PostgreSQL's initdb, pg_ctl and createdb: in the PATH, or where Debian's package `postgresql` "
+    "puts them."
 )
 
 

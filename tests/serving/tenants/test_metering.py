@@ -66,9 +66,7 @@ def test_records_reach_the_store_while_the_gateway_lives_and_when_it_ends(store:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_killed_gateway_loses_nothing_and_nothing_counts_twice(
-    url: str, tmp_path: Path, seed: int
-) -> None:
+def test_a_killed_gateway_loses_nothing_and_nothing_counts_twice(url: str, tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
     store, root = open_store(url), tmp_path / "usage"
     store.tenants()

@@ -74,9 +74,7 @@ def test_who_comes_later_is_owed_nothing_and_owes_nothing() -> None:
     assert 14 <= engine.serve(40)["b"] <= 26
 
 
-ROWS = st.tuples(
-    st.sampled_from("abc"), st.integers(0, 10**6), st.floats(LEAST_WEIGHT, MOST_WEIGHT), st.floats(0, 1.0)
-)
+ROWS = st.tuples(st.sampled_from("abc"), st.integers(0, 10**6), st.floats(LEAST_WEIGHT, MOST_WEIGHT), st.floats(0, 1.0))
 
 
 @given(st.lists(ROWS, max_size=50), st.randoms())
