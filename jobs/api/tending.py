@@ -127,13 +127,12 @@ class Tending:
         """Count what units used that have been finished since the last time, and ``partial``."""
         work = self._work
         for unit in [*self._finished_units(), *partial]:
-            tokens = [getattr(unit, name) for name in COUNTED]
-            record = UsageRecord(
-                work.tenant, work.key, work.model, *tokens, self._office.queue.clock(), work.id, unit.rows
-            )
+            used = {name: getattr(unit, name) for name in COUNTED}
+            now = self._office.queue.clock()
+            record = UsageRecord(work.tenant, work.key, work.model, at=now, job=work.id, requests=unit.rows, **used)
             self._office.add_usage(f"{work.id}/{unit.name}", [(1, record)])
             self._metered.add(unit.name)
-            self._used = {name: self._used[name] + more for name, more in zip(COUNTED, tokens, strict=True)}
+            self._used = {name: self._used[name] + used[name] for name in COUNTED}
 
     def _finished_units(self) -> list[UnitUsage]:
         try:

@@ -39,7 +39,7 @@ class Tenant:
 
     def __init__(self, server: Server, name: str) -> None:
         self.server = server
-        self.key = json.loads(server.command("tenants", "create", name, "--json"))["key"]
+        self.key = server.new_tenant(name)
         self.openai = OpenAI(base_url=f"{server.url}/v1", api_key=self.key)
         self.http = httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60)
 
@@ -64,8 +64,8 @@ class Tenant:
         """A new job of so many rows."""
         sink = io.BytesIO()
         pq.write_table(pa.table({"prefix": [f"def f{n}(" for n in range(count)], "number": range(count)}), sink)
-        form = {"files": {"file": ("rows.parquet", sink.getvalue())}, "data": {"purpose": "job"}}
-        file = self.http.post("/v1/files", **form).json()
+        form = {"file": ("rows.parquet", sink.getvalue())}
+        file = self.http.post("/v1/files", files=form, data={"purpose": "job"}).json()
         answer = self.http.post("/v1/jobs", json={"input": file["id"], "options": {"max_tokens": 24} | options})
         assert answer.status_code == 200, answer.text
         told: dict[str, Any] = answer.json()

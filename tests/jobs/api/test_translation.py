@@ -104,7 +104,7 @@ def test_a_model_without_a_place_for_a_suffix_gets_no_such_column(folder: WorkFo
     assert list(rows(folder)[0]) == ["id", "line", "prompt", "prefix"]
 
 
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "token": {"prompt": [1, 2]},
     "logprobs": {"logprobs": 1},
     "echo": {"echo": True},
