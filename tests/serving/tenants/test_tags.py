@@ -88,8 +88,8 @@ def test_priorities_are_never_better_than_a_persons_and_begin_anew_after_idlenes
         while opened and chance.random() < 0.3:
             tags.close(*opened.pop(chance.randrange(len(opened))))
     assert all(INTERACTIVE_PRIORITY < BATCH_PRIORITY <= tag.priority < 2**63 for tag, _ in opened)
-    for tag, service in opened:
-        tags.close(tag, service)
+    for tag, made in opened:
+        tags.close(tag, made)
     assert tags.open("a", 1).priority == BATCH_PRIORITY
 
 
