@@ -47,6 +47,16 @@ WARMS = LLAMA_VIM | {
 }
 
 
+BENCH_SERVE = """
+import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+"""``vllm bench serve`` without ``vllm``: vLLM's CPU package has another name, so that command does not find itself."""
+
+
 def curl(api: Api, path: str, body: dict[str, Any], *options: str) -> str:
     """What curl prints, called as llama.vim calls it."""
     command = ["curl", "--silent", "--no-buffer", "--request", "POST", "--url", f"{api.url}{path}", "--data", "@-"]
@@ -86,7 +96,8 @@ def test_openais_package_lists_models(api: Api) -> None:
     (model,) = api.openai().models.list().data
     assert model.id == MODEL
     assert model.model_extra is not None
-    assert (model.model_extra["context_length"], model.model_extra["licence"]) == (1_024, "Apache-2.0")
+    assert model.model_extra["context_length"] == 1_024
+    assert model.model_extra["licence"].startswith("Apache-2.0")
 
 
 def test_openais_package_scores(api: Api) -> None:
@@ -167,7 +178,7 @@ def test_vllms_benchmark_loads_it(api: Api, tmp_path: Path) -> None:
     """Its tokenizer is not used: no published class loads this one."""
     prompts = [{"prompt": f"def f{number}(x):\n    return "} for number in range(24)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"]
+    command = [sys.executable, "-c", BENCH_SERVE, "--backend", "openai"]
     command += ["--base-url", api.url, "--model", MODEL, "--header", f"Authorization=Bearer {api.acme}"]
     command += ["--dataset-name", "custom", "--dataset-path", str(tmp_path / "prompts.jsonl"), "--skip-tokenizer-init"]
     command += ["--num-prompts", "24", "--max-concurrency", "12", "--temperature", "0", "--disable-tqdm"]

@@ -11,7 +11,7 @@ from schemathesis.specs.openapi.checks import status_code_conformance
 from tests.api import Api
 
 pytestmark = pytest.mark.engine
-EXAMPLES = {schemathesis.GenerationMode.POSITIVE: 8, schemathesis.GenerationMode.NEGATIVE: 4}
+EXAMPLES = {schemathesis.GenerationMode.POSITIVE: 20, schemathesis.GenerationMode.NEGATIVE: 10}
 """Of each operation; the real engine answers them."""
 
 MOST = {"max_tokens": 4, "min_tokens": 4, "n_predict": 4, "num_predict": 4, "n": 2, "best_of": 2}
