@@ -91,7 +91,7 @@ def test_a_limit_of_requests_at_once_holds_across_gateways_until_one_ends(api: A
     key = api.server.new_tenant("narrow", "--max-concurrency", "2")
     short = {"prompt": "x", "max_tokens": 1}
     url, headers = f"{api.url}/v1/completions", api.headers(key)
-    stream = {"json": LONG | {"stream": True}, "headers": headers, "timeout": 60}
+    stream: dict[str, Any] = {"json": LONG | {"stream": True}, "headers": headers, "timeout": 60}
     with httpx.stream("POST", url, **stream) as one, httpx.stream("POST", url, **stream) as two:
         for answer in (one, two):
             assert answer.status_code == 200
@@ -196,7 +196,8 @@ def test_no_log_holds_a_prompt_or_a_key(api: Api) -> None:
         assert 400 <= api.post(path, body, key).status_code < 500
     files = [path for path in api.server.ray.rglob("*") if path.is_file() and "logs" in path.parts]
     assert len(files) > 10
-    for path in [*files, api.server.log, *(path for path in api.server.home.rglob("*") if path.is_file())]:
-        held = path.read_bytes()
+    state = [path for path in api.server.home.rglob("*") if path.is_file()]
+    for file in [*files, api.server.log, *state]:
+        held = file.read_bytes()
         for hidden in (SECRET, api.acme, api.other):
-            assert hidden.encode() not in held, path
+            assert hidden.encode() not in held, file
