@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,9 @@ from serving.tenants.tickets import Demand, Ticket, Used
 
 PATIENCE_SECONDS = 30.0
 """How long a request waits for its turn."""
+
+LARGE_CHARS = 200_000
+"""Requests with more text are tokenised one after the other: 4 MB take seconds, and nobody was admitted yet."""
 
 
 class Desk(Protocol):
@@ -65,6 +68,7 @@ class FleetService:
         self._desk = desk
         self._meter = meter
         self._metrics = metrics
+        self._large = asyncio.Semaphore(1)
 
     @property
     def models(self) -> Sequence[ServedModel]:
@@ -189,7 +193,9 @@ class FleetService:
         """Check, and tokenise on a thread: another request's next token shall not wait for it."""
         fmt, model = self._engines.fmt, self._engines.model
         check(asks, model, fmt)
-        return await asyncio.to_thread(lambda: [render(ask, fmt, model.context) for ask in asks])
+        is_large = sum(len(ask.prefix) + len(ask.suffix or "") for ask in asks) > LARGE_CHARS
+        async with self._large if is_large else nullcontext():
+            return await asyncio.to_thread(lambda: [render(ask, fmt, model.context) for ask in asks])
 
     def _prompts(self, served: Served) -> tuple[str, ...]:
         return tuple(visible(r, self._engines.fmt) for r in served.rendered if r.ask.reported)

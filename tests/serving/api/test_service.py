@@ -1,6 +1,7 @@
 """The service on a simulated engine in this process: what is asked, admitted, written and metered."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from serving.api import service
 from serving.api.ask import Ask, Decoding, End, Piece
 from serving.api.checks import MOST_CHOICES
 from serving.api.edge import Noted, noted
+from serving.api.prompts import Rendered
+from serving.api.service import LARGE_CHARS
 from serving.errors import (
     EngineDeadError,
     EngineError,
@@ -21,6 +25,7 @@ from serving.errors import (
     PromptTooLongError,
     UsageError,
 )
+from serving.formats import Format
 from serving.protocol import INTERACTIVE_PRIORITY, Growth
 from serving.tenants.caller import Caller
 from serving.tenants.tickets import Used
@@ -397,6 +402,36 @@ def test_the_cache_is_parted_by_tenant() -> None:
         assert found == [False, True]
 
     asyncio.run(run())
+
+
+def test_large_texts_are_tokenised_one_at_a_time_and_others_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[int] = []
+    most: list[int] = []
+    small = threading.Event()
+
+    def slowly(ask: Ask, fmt: Format, context: int) -> Rendered:
+        if len(ask.prefix) < 1_000:
+            small.set()
+        else:
+            running.append(1)
+            most.append(len(running))
+            assert small.wait(60), "a small one passes the large ones"
+            time.sleep(0.02)
+            running.pop()
+        return Rendered(ask, (1,), truncated=False)
+
+    monkeypatch.setattr(service, "render", slowly)
+
+    async def run() -> None:
+        house = House()
+        large = replace(INFILL, prefix="x" * (LARGE_CHARS + 1))
+        tasks = [asyncio.ensure_future(house.service.answer([large], ACME, "demo")) for _ in range(3)]
+        await asyncio.sleep(0)
+        await house.service.answer([INFILL], ACME, "demo")
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    assert most == [1, 1, 1]
 
 
 @pytest.mark.parametrize("text", ["<eom>", "<mask_1>", "<|endoftext|>", "a<sep>b<fim_prefix>"])
