@@ -33,7 +33,14 @@ def growth_of(key: int, sample: int, output: Any, sampling: Sampling, watch: Sto
     if watch is not None and watch.add(completion.token_ids) is not None:
         completion = clip(completion, watch, seen)
     elif output.outputs[0].finish_reason is None:
-        return Growth(key, sample, completion.token_ids, completion.logprobs, completion.alternatives)
+        return Growth(
+            key,
+            sample,
+            completion.token_ids,
+            completion.logprobs,
+            completion.alternatives,
+            cached_tokens=output.num_cached_tokens or 0,
+        )
     return Growth(
         key,
         sample,

@@ -137,7 +137,8 @@ class Growth:
     """What a sample of a request grew by; ids and logprobs are as in ``Completion``, together they are one.
 
     ``key`` is the request's and ``sample`` counts its seeds. The last one of a sample has a ``finish_reason`` and tells
-    the ``cached_tokens``. A request that the engine refuses has one alone, with the error in the engine's words.
+    the ``cached_tokens``, as those before it may. A request that the engine refuses has one alone, with the error in
+    the engine's words.
     """
 
     key: int

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serving.api.ask import Timing, Usage
 from serving.api.prompts import Rendered
@@ -14,7 +14,8 @@ from serving.tenants.tickets import Demand, Ticket, Used
 class Served:
     """An admitted request; ``started`` and ``first``, when a stream's first tokens came, are of ``time.monotonic``.
 
-    One that ``failed`` before anything came of it has used nothing.
+    ``cached`` is what the prefix cache held of a prompt, by its key and sample, or for all its samples together. One
+    that ``failed`` before anything came of it has used nothing.
     """
 
     rendered: Sequence[Rendered]
@@ -23,7 +24,7 @@ class Served:
     started: float
     first: float | None = None
     completion_tokens: int = 0
-    cached_tokens: int = 0
+    cached: dict[tuple[int, int], int] = field(default_factory=dict)
     failed: bool = False
 
     @property
@@ -38,7 +39,7 @@ class Served:
             return Usage()
         prompt = sum(len(r.token_ids) for r in self.rendered)
         samples = sum(r.ask.n for r in self.rendered) / max(1, len(self.rendered))
-        return Usage(prompt, self.completion_tokens, min(prompt, round(self.cached_tokens / max(1, samples))))
+        return Usage(prompt, self.completion_tokens, min(prompt, round(sum(self.cached.values()) / max(1, samples))))
 
     @property
     def used(self) -> Used:

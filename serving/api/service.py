@@ -125,7 +125,7 @@ class FleetService:
     def _choices(self, rendered: Rendered, result: Result, served: Served) -> list[Choice]:
         """The choices of one ask, each written as a stream of one piece."""
         ask, tokens = rendered.ask, self._echo(rendered, result)
-        served.cached_tokens += result.cached_tokens
+        served.cached[result.key, 0] = result.cached_tokens
         head = "".join(token.text for token in tokens)
         if ask.max_tokens == 0:
             return [Choice(head, "length", tokens)] * ask.n
@@ -265,8 +265,8 @@ def _as_pieces(answer: Answer) -> list[Piece | End]:
 def _grow(writings: dict[tuple[int, int], Writing], growth: Growth, served: Served) -> list[Piece]:
     """What may be shown of a growth; a choice that ends, by itself or by its time, leaves ``writings``."""
     _check(growth.error_code, growth.error_message)
-    served.cached_tokens += growth.cached_tokens
     place = growth.key, growth.sample
+    served.cached[place] = max(growth.cached_tokens, served.cached.get(place, 0))
     if (writing := writings.get(place)) is None:
         return []
     before = writing.count

@@ -254,6 +254,17 @@ def test_an_answer_is_cut_once_its_time_is_over_and_it_has_a_line(
     asyncio.run(run())
 
 
+def test_what_the_cache_held_is_known_of_an_answer_that_is_cut() -> None:
+    async def run() -> None:
+        told = [replace(growth, cached_tokens=3) for growth in grows("a = 1\nb")]
+        answer = await House(stream=telling(told)).service.answer([replace(INFILL, seconds=1e-9)], ACME, "demo")
+        assert (answer.choices[0].reason, answer.usage.cached_tokens) == ("time", 3)
+        answer = await House(stream=telling(told)).service.answer([replace(INFILL, seconds=60.0)], ACME, "demo")
+        assert (answer.choices[0].reason, answer.usage.cached_tokens) == ("length", 3)
+
+    asyncio.run(run())
+
+
 def test_a_time_limit_ends_what_the_engine_still_makes() -> None:
     async def run() -> None:
         closed = asyncio.Event()
