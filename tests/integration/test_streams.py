@@ -54,7 +54,7 @@ def whole(growths: list[Growth], sample: int) -> Completion:
     assert last.finish_reason in ("stop", "length")
     return Completion(
         [token for growth in own for token in growth.token_ids],
-        last.finish_reason,  # type: ignore[arg-type]
+        last.finish_reason,
         last.stop_token_id,
         [value for growth in own for value in growth.logprobs or ()] or None,
         [value for growth in own for value in growth.alternatives or ()] or None,

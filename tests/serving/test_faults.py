@@ -4,7 +4,7 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,7 @@ from serving.protocol import (
     Engine,
     EngineInfo,
     EngineStats,
+    Growth,
     MicroBatch,
     MicroBatchResult,
     Request,
@@ -168,6 +169,12 @@ class Slow:
     ) -> Result:
         await self._done.wait()
         return Result(request.key, (Completion([1], "length"),))
+
+    async def stream(
+        self, request: Request, sampling: Sampling, *, priority: int = 0, cache_salt: str | None = None
+    ) -> AsyncGenerator[Growth, None]:
+        await self._done.wait()
+        yield Growth(request.key, 0, [1], finish_reason="length")
 
     def stats(self) -> EngineStats:
         self._looks += 1
