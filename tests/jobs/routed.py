@@ -43,14 +43,20 @@ async def who_calls(authorization: Annotated[str, Header()] = "Bearer acme") -> 
 
 
 @contextmanager
-def routed(config: RoutesConfig = IDLE) -> Iterator[TestClient]:
-    """A client of a gateway that serves the routes, and whose agent runs what is queued."""
+def routing(config: RoutesConfig = IDLE) -> Iterator[FastAPI]:
+    """A gateway that serves the routes, and whose agent runs what is queued while it does."""
     with closing(open_store()) as store, closing(open_meter(store)) as meter:
         app = FastAPI()
         install(app)
         app.include_router(make_routes(Context(GATEWAY, Scripted(), who_calls, store, meter), config))
-        with TestClient(app) as client:
-            yield client
+        yield app
+
+
+@contextmanager
+def routed(config: RoutesConfig = IDLE) -> Iterator[TestClient]:
+    """A client of such a gateway."""
+    with routing(config) as app, TestClient(app) as client:
+        yield client
 
 
 def as_tenant(name: str) -> dict[str, str]:
