@@ -12,7 +12,7 @@ from jobs.options import FormatName, notice, pairs_of, present, scalars_of
 from serving.errors import ConfigError
 
 EXAMPLE = "Example: spanfill serve --model demo-codegen25 --port 8000"
-ROUTES: dict[str, dict[str, Any]] = {"jobs.routes:routes": {}}
+ROUTES = "jobs.routes:routes"
 """What the API has besides the dialects: files, batches and jobs."""
 
 
@@ -32,6 +32,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port.", min=1, max=65_535)] = 8_000,
 ) -> None:
     """Answer HTTP requests in OpenAI's, Mistral's, llama.cpp's and Ollama's form, while jobs use the same engines."""
+    from jobs.api.config import RoutesConfig
     from jobs.server import serve_until_stopped
     from serving.app import AppConfig
     from serving.config import read_yaml
@@ -51,8 +52,10 @@ def serve(
     )
     if replicas is not None:
         values["replicas"] = {**values.get("replicas", {}), "replicas": replicas}
-    defaults = {"model": "demo-codegen25", "gateways": 1, "routes": ROUTES, "open_until_tenants": _is_loopback(host)}
+    is_open = _is_loopback(host)
+    defaults = {"model": "demo-codegen25", "gateways": 1, "routes": {ROUTES: {}}, "open_until_tenants": is_open}
     parsed = AppConfig.parse(defaults | values, where=str(config or "options"))
+    RoutesConfig.parse(parsed.routes.get(ROUTES, {}), where=f"routes {ROUTES}")
     _check(host, gateways=parsed.gateways, is_open=parsed.open_until_tenants)
     notice(parsed.model, console, engine=parsed.engine, made="completion")
     code = serve_until_stopped(
