@@ -17,7 +17,8 @@ import httpx
 
 START_SECONDS = 240.0
 STOP_SECONDS = 60.0
-JOINED_BY = re.compile(r"RAY_ADDRESS=(\S+)")
+AUTH = "RAY_AUTH_MODE"
+JOINED_BY = re.compile(r"(RAY_\w+)=(\S+)")
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,11 @@ class Server:
         return os.environ | {"SPANFILL_HOME": str(self.home)}
 
     @property
-    def ray_address(self) -> str:
-        """Where its engines are joined."""
-        found = JOINED_BY.search(self.told)
-        assert found, self.told
-        return found[1]
-
-    @property
     def job_environment(self) -> dict[str, str]:
-        """That of jobs which join its engines."""
-        return self.environment | {"RAY_ADDRESS": self.ray_address}
+        """That of jobs which join its engines, by what it says of that."""
+        told = dict(JOINED_BY.findall(self.told))
+        assert "RAY_ADDRESS" in told, self.told
+        return self.environment | {AUTH: "disabled"} | told
 
     def command(self, *arguments: str) -> str:
         """What ``spanfill`` prints on its state."""
@@ -79,7 +75,10 @@ def free_port() -> int:
 
 @contextmanager
 def running_server(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """A server that answers, and whose engines can be joined; ended by SIGTERM."""
+    """A server that answers, and whose engines can be joined; ended by SIGTERM.
+
+    Its Ray asks for no token unless ``env`` says so: this process could not be told to send one once it has used Ray.
+    """
     port, log, home = free_port(), folder / "serve.log", folder / "home"
     command = [sys.executable, "-m", "jobs.cli", "serve", "--port", str(port), *arguments]
     # Not in the folder: the path of a Unix socket has a hundred characters at most.
@@ -87,7 +86,7 @@ def running_server(folder: Path, *arguments: str, env: Mapping[str, str] | None 
         tempfile.TemporaryDirectory(prefix="sf-", dir="/tmp", ignore_cleanup_errors=True) as ray,
         log.open("wb") as out,
     ):
-        own = {"SPANFILL_HOME": str(home), "RAY_TMPDIR": ray}
+        own = {"SPANFILL_HOME": str(home), "RAY_TMPDIR": ray, AUTH: "disabled"}
         process = subprocess.Popen(command, env=os.environ | own | dict(env or {}), stdout=out, stderr=out)
         server = Server(f"http://127.0.0.1:{port}", home, log, Path(ray), process)
         try:

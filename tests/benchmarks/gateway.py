@@ -196,7 +196,7 @@ def served(engine: str, gateways: int) -> Iterator[tuple[Server, str]]:
         running_server(Path(folder), "--engine", engine, "--model", MODEL, "--gateways", str(gateways)) as server,
     ):
         key = server.new_tenant("acme")
-        ray.init(address=server.ray_address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=server.job_environment["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
         try:
             yield server, key
         finally:

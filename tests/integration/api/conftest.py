@@ -11,7 +11,8 @@ from tests.server import running_server
 @pytest.fixture(scope="package")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """The server, and two tenants of it."""
-    with running_server(tmp_path_factory.mktemp("api"), "--model", MODEL, "--gateways", "2") as server:
+    usual = {"RAY_AUTH_MODE": "token"}  # As Ray has it in a cluster of its own.
+    with running_server(tmp_path_factory.mktemp("api"), "--model", MODEL, "--gateways", "2", env=usual) as server:
         yield Api(server, server.new_tenant("acme"), server.new_tenant("other"))
 
 
