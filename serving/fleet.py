@@ -34,6 +34,7 @@ QUIET_SECONDS = 30.0
 """A job whose rows have not grown for this long asks whether its engines run."""
 
 HOPELESS_SECONDS = 900.0
+UNREACHED = "Check the address, or unset it; where Ray asks for a token, set RAY_AUTH_MODE=token."
 
 EMBEDDED = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
@@ -71,7 +72,7 @@ def connected() -> Iterator[bool]:
         with _own_signal_handlers(), _defaults({} if address else EMBEDDED):
             ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **local)
     except OSError as error:
-        raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}.", remedy="Check the address, or unset it.") from error
+        raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}.", remedy=UNREACHED) from error
     except SystemExit as error:
         # Ray's own handler of SIGTERM is in place until ``ray.init`` has returned.
         ray.shutdown()
