@@ -157,20 +157,22 @@ class FleetService:
         )
 
     async def _pieces(self, served: Served) -> AsyncGenerator[Piece, None]:
-        """The pieces of all choices, until each has ended by itself or by its time."""
+        """The pieces of all choices, until each has ended, by itself or by its time; echoes wait for a token."""
         writings: dict[tuple[int, int], Writing] = {}
+        echoes: list[Piece] = []
         for key, r in enumerate(served.rendered):
             echo = "".join(token.text for token in self._echo(r))
             for sample in range(r.ask.n):
                 if echo:
-                    yield Piece(len(writings), echo)
+                    echoes.append(Piece(len(writings), echo))
                 writings[key, sample] = self._writing(r.ask, len(writings), len(echo))
         async with aclosing(answers(self._engines.stream, self._batch(served))) as bunches:
             async for growths in bunches:
                 served.comes()
-                for growth in growths:
-                    for piece in _grow(writings, growth, served):
-                        yield piece
+                pieces = [piece for growth in growths for piece in _grow(writings, growth, served)]
+                for piece in [*echoes, *pieces]:
+                    yield piece
+                echoes = []
                 self._desk.charge(served.ticket, served.completion_tokens)
                 if not writings:
                     return

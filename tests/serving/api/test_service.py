@@ -378,6 +378,16 @@ def test_a_request_of_which_nothing_came_costs_nothing_and_one_that_broke_off_wh
     assert broken.desk.left == [Used(usage.prompt_tokens, usage.completion_tokens)]
 
 
+@pytest.mark.parametrize("ask", [INFILL, replace(PLAIN, echo=True)])
+def test_an_engines_refusal_comes_before_any_piece(ask: Ask) -> None:
+    async def run() -> None:
+        refusal = Growth(0, 0, [], finish_reason="error", error_code="bad", error_message="bad")
+        with pytest.raises(EngineError, match="bad"):
+            await anext(House(stream=telling([refusal])).service.stream([ask], ACME, "demo"))
+
+    asyncio.run(run())
+
+
 def test_an_answer_that_ends_before_it_is_whole_is_an_error() -> None:
     async def run() -> None:
         with pytest.raises(EngineDeadError, match="before it was whole"):
