@@ -1,5 +1,6 @@
 """``spanfill serve`` without its options: an application with HTTP, from its start to a signal."""
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -31,15 +32,16 @@ def serve_until_stopped(config: AppConfig, *, host: str, port: int, say: Callabl
             remedy="Make one first: spanfill tenants create NAME. Or listen on 127.0.0.1.",
         )
     with interruptible() as stop, connected():
-        serve.start(logging_config=QUIET_LOGS, http_options={"host": host, "port": port})
-        say("starting the engine")
         application = assemble(config, app=APP)
+        say("starting the engine")
+        # Last: until there is an application, Serve answers that there is nothing, even where its health is asked.
+        serve.start(logging_config=QUIET_LOGS, http_options={"host": host, "port": port})
         target = serve.RunTarget(target=application, name=APP, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         try:
             if _is_running(stop, config.replicas.replicas, say):
                 say(f"{config.model} at http://{host}:{port} (OpenAPI: /docs)")
-                say(f"jobs join with RAY_ADDRESS={ray.get_runtime_context().gcs_address}")
+                say(f"jobs join with {_way_in()}")
                 if not has_tenants:
                     say("no key is asked for yet. Make a tenant and its key: spanfill tenants create NAME")
                 while not stop.came:
@@ -48,6 +50,12 @@ def serve_until_stopped(config: AppConfig, *, host: str, port: int, say: Callabl
         finally:
             serve.delete(APP)
     return stop.exit_code
+
+
+def _way_in() -> str:
+    """The environment of a job that joins: Ray sends its token to an address that is named only when it is told to."""
+    token = " RAY_AUTH_MODE=token" if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    return f"RAY_ADDRESS={ray.get_runtime_context().gcs_address}{token}"
 
 
 def _has_tenants() -> bool:
