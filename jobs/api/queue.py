@@ -156,13 +156,16 @@ class Queue:
                 _move(work, status, now)
         return work
 
-    def release(self, work_id: str, holder: str, seconds: float, *, failed: bool = False) -> None:
-        """Let go of a work, which is claimed again after ``seconds``; raises ``LeaseLostError``."""
+    def release(self, work_id: str, holder: str, seconds: float, *, tries: int | None = None) -> None:
+        """Let go of a work, which is claimed again after ``seconds``; ``tries`` is how often it has failed by now.
+
+        Raises ``LeaseLostError``.
+        """
         with self._database.session(writes=True) as session:
             work = _held(session, work_id, holder)
             work.holder = work.held_until = None
             work.ready = self.clock() + seconds
-            work.tries += failed
+            work.tries = work.tries if tries is None else tries
 
     def end(self, work_id: str, holder: str, status: Status, size: int, **told: Any) -> None:
         """Say how a work has ended, and the bytes of its results; raises ``LeaseLostError``."""

@@ -29,7 +29,7 @@ HELD_SECONDS = 3.0
 """When to look again for a folder where the process of a dead gateway still works."""
 
 MOST_TRIES = 5
-"""Of a job; a batch is tried again until its time is over."""
+"""Of a job without a part finished in between; a batch is tried again until its time is over."""
 
 TRY_SECONDS, MOST_TRY_SECONDS = 5.0, 300.0
 COUNTED = ("prompt_tokens", "cached_tokens", "completion_tokens")
@@ -47,6 +47,7 @@ class Tending:
         self._is_batch = work.kind == "batch"
         self._folder = office.shelf.work_folder(work.tenant, work.id)
         self._metered: set[str] = set()
+        self._earlier: int | None = None
         self._used = dict.fromkeys(COUNTED, 0)
 
     def run(self) -> None:
@@ -133,6 +134,8 @@ class Tending:
             self._office.add_usage(f"{work.id}/{unit.name}", [(1, record)])
             self._metered.add(unit.name)
             self._used = {name: self._used[name] + used[name] for name in COUNTED}
+        if self._earlier is None:
+            self._earlier = len(self._metered)
 
     def _finished_units(self) -> list[UnitUsage]:
         try:
@@ -200,10 +203,11 @@ class Tending:
         return file_id
 
     def _failed(self, problem: Problem) -> None:
-        tries = self._work.tries + 1
+        has_progressed = self._earlier is not None and len(self._metered) > self._earlier
+        tries = 1 if has_progressed else self._work.tries + 1
         if problem.may_pass and (self._is_batch or tries < MOST_TRIES):
             logger.warning("%s is tried again: %s", self._work.id, problem.message)
-            self._release(min(MOST_TRY_SECONDS, TRY_SECONDS * 2 ** min(tries, 10)), failed=True)
+            self._release(min(MOST_TRY_SECONDS, TRY_SECONDS * 2 ** min(tries, 10)), tries=tries)
             return
         told = {"code": problem.code, "message": problem.message}
         if self._is_batch:
@@ -211,8 +215,8 @@ class Tending:
         else:
             self._end("failed", problem=told)
 
-    def _release(self, seconds: float, *, failed: bool = False) -> None:
-        self._office.queue.release(self._work.id, self._office.holder, seconds, failed=failed)
+    def _release(self, seconds: float, *, tries: int | None = None) -> None:
+        self._office.queue.release(self._work.id, self._office.holder, seconds, tries=tries)
 
     def _end(self, status: Status, **told: Any) -> None:
         self._meter()

@@ -127,12 +127,14 @@ def test_what_was_begun_goes_before_what_waits(queue: Queue, clock: Clock) -> No
 def test_a_released_work_waits_and_a_failure_is_counted(queue: Queue, clock: Clock) -> None:
     work = submit(queue, "acme")
     assert claim(queue) is not None
-    queue.release(work.id, "here", 5, failed=True)
+    queue.release(work.id, "here", 5, tries=3)
     assert claim(queue) is None
     clock.now += 6
     again = claim(queue)
     assert again is not None
-    assert again.tries == 1
+    assert again.tries == 3
+    queue.release(work.id, "here", 0)
+    assert queue.find("acme", "batch", work.id).tries == 3
 
 
 def test_a_cancelled_work_is_for_those_who_close(queue: Queue) -> None:
