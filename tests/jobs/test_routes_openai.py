@@ -78,7 +78,7 @@ def test_files_are_stored_listed_read_and_deleted() -> None:
         assert list(zeta.files.list()) == []
         for ask_for in (zeta.files.retrieve, zeta.files.content, zeta.files.delete):
             with pytest.raises(NotFoundError, match=files[0].id):
-                ask_for(files[0].id)  # type: ignore[operator]
+                ask_for(files[0].id)
         assert acme.files.delete(files[0].id).deleted
         with pytest.raises(NotFoundError):
             acme.files.content(files[0].id)
