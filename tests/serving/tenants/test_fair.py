@@ -81,6 +81,30 @@ def test_two_backlogged_clients_differ_by_no_more_than_the_papers_bound_whatever
     assert max(apart) - min(apart) <= bound + 1e-6
 
 
+@given(SIZES, SIZES, st.tuples(st.integers(1, 40), st.integers(1, 40)), WEIGHTS, WEIGHTS, st.integers(0, 60))
+def test_nobody_starves(
+    first: list[Size], second: list[Size], wanted: Size, weight: float, own_weight: float, steps: int
+) -> None:
+    """Who comes to two that always have more is served before either has had more than the bound."""
+    engine = Engine(memory=100)
+    backlogs = {"a": (itertools.cycle(first), weight), "b": (itertools.cycle(second), 1.0)}
+
+    def go_on() -> None:
+        for client, (sizes, share) in backlogs.items():
+            keep_backlogged(engine, client, sizes, share)
+        engine.step()
+
+    for _ in range(steps):
+        go_on()
+    before = engine.service.copy()
+    engine.push("c", wanted, own_weight)
+    while not engine.service["c"]:
+        go_on()
+        bound = 2 * max(W_IN * 40, W_OUT * engine.memory) / min(weight, own_weight, 1.0)
+        for client, (_, share) in backlogs.items():
+            assert (engine.service[client] - before[client]) / share <= bound + 1e-6
+
+
 @pytest.mark.parametrize(
     ("share", "size", "other_size"), [(2.0, (20, 30), (20, 30)), (2.0, (1, 50), (60, 5)), (1.0, (5, 5), (80, 80))]
 )
