@@ -11,6 +11,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
+from serving.app import AppConfig, assemble
 from serving.errors import ConfigError, DatabaseAwayError, VersionError
 from serving.tenants.database import database_address, fingerprint, open_engine, refuse_embedded
 from serving.tenants.schema import VERSION_TABLE, prepare
@@ -75,6 +76,19 @@ def test_gateways_on_several_nodes_need_postgresql(sqlite_url: str) -> None:
     refuse_embedded(POSTGRESQL, ["a", "b"])
     with pytest.raises(ConfigError, match=r"2 nodes \(a, b\).*PostgreSQL"):
         refuse_embedded(sqlite_url, ["b", "a", "b"])
+
+
+def test_an_application_of_several_gateways_on_several_nodes_is_not_built_on_sqlite(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"Alive": True, "NodeManagerHostname": name, "Resources": {"CPU": 2.0}} for name in ("a", "b")]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setenv("SPANFILL_DATABASE_URL", sqlite_url)
+    with pytest.raises(ConfigError, match=r"2 nodes \(a, b\).*PostgreSQL"):
+        assemble(AppConfig(model="demo-codegen25", engine="instant", gateways=2), app="test")
+    assemble(AppConfig(model="demo-codegen25", engine="instant", gateways=1), app="test")
+    monkeypatch.setenv("SPANFILL_DATABASE_URL", POSTGRESQL)
+    assemble(AppConfig(model="demo-codegen25", engine="instant", gateways=2), app="test")
 
 
 def test_a_database_is_told_from_others_whoever_opens_it() -> None:
