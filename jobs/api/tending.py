@@ -29,7 +29,7 @@ HELD_SECONDS = 3.0
 """When to look again for a folder where the process of a dead gateway still works."""
 
 MOST_TRIES = 5
-"""Of a job without a part finished in between; a batch is tried again until its time is over."""
+"""Of a job, with no part finished in between, or of a batch that is cut short; others try until their time is over."""
 
 TRY_SECONDS, MOST_TRY_SECONDS = 5.0, 300.0
 COUNTED = ("prompt_tokens", "cached_tokens", "completion_tokens")
@@ -56,7 +56,7 @@ class Tending:
             self._prepare()
             code = self._watch("run")
             if self._cut_short() is None:
-                self._ran(code)
+                self._ran(code, "completed")
                 return
         if self._office.stopping.is_set():
             self._release(0.0)
@@ -144,13 +144,14 @@ class Tending:
             logger.warning("not all that %s used can be counted: %s", self._work.id, error)
             return []
 
-    def _ran(self, code: int) -> None:
-        """See what a process that was not cut short has come to."""
+    def _ran(self, code: int, status: Status) -> None:
+        """See what a process has come to that was to bring the work to this status."""
         if code == 0:
-            self._settle("completed")
+            self._settle(status)
         elif code == EXIT_HELD or self._office.stopping.is_set():
             self._release(HELD_SECONDS if code == EXIT_HELD else 0.0)
         else:
+            self._meter()
             message = f"Its process ended with exit code {code}. The server's log tells more."
             self._failed(Problem(code="failed", message=message, may_pass=True))
 
@@ -160,10 +161,8 @@ class Tending:
         assert cut is not None
         if not self._is_batch or not self._is_prepared():
             self._end(cut)
-        elif self._watch(cut) == 0:
-            self._settle(cut)
         else:
-            self._release(HELD_SECONDS)
+            self._ran(self._watch(cut), cut)
 
     def _settle(self, status: Status) -> None:
         outcome = Outcome.model_validate_json(self._folder.outcome.read_bytes())
@@ -205,7 +204,8 @@ class Tending:
     def _failed(self, problem: Problem) -> None:
         has_progressed = self._earlier is not None and len(self._metered) > self._earlier
         tries = 1 if has_progressed else self._work.tries + 1
-        if problem.may_pass and (self._is_batch or tries < MOST_TRIES):
+        has_time = self._is_batch and self._cut_short() is None
+        if problem.may_pass and (has_time or tries < MOST_TRIES):
             logger.warning("%s is tried again: %s", self._work.id, problem.message)
             self._release(min(MOST_TRY_SECONDS, TRY_SECONDS * 2 ** min(tries, 10)), tries=tries)
             return
