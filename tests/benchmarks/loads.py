@@ -12,7 +12,6 @@ lost nothing to them but what they used.
 
 import argparse
 import asyncio
-import json
 import subprocess
 import sys
 import tempfile
