@@ -7,7 +7,7 @@ from typing import Any
 from jobs.ledger import read_job, read_manifest
 from jobs.store import locate
 from serving.config import RooflineConfig
-from serving.engine import CPU_DEFAULTS
+from serving.engine_args import CPU_DEFAULTS
 from serving.errors import ConfigError, OutputError
 from serving.gpus import GPUS, Gpu, replica_roofline
 from serving.roofline import step_seconds

@@ -12,7 +12,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from serving.errors import ConfigError, SpanfillError
+from jobs import score_cli, serve_cli, tenants_cli
+from jobs.options import (
+    EXIT_ERROR_ROWS,
+    FormatName,
+    Json,
+    ModelName,
+    names_of,
+    notice,
+    pairs_of,
+    present,
+    scalars_of,
+    tell_errors,
+)
+from serving.errors import SpanfillError
 
 app = typer.Typer(
     help="High-throughput batch code infilling on vLLM: Parquet of prefix/suffix pairs in, Parquet of infills out.",
@@ -22,17 +35,14 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure spanfill on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(tenants_cli.tenants, name="tenants")
+app.add_typer(tenants_cli.keys, name="keys")
 
 EXIT_DAMAGED = 1
-EXIT_ERROR_ROWS = 3
 EXIT_INTERRUPTED = 130
 DEMO_INFILLS = 5
 EXACTLY: dict[str, Any] = {"soft_wrap": True, "end": ""}
 """How a console prints what ``jobs.visible.styled`` made: nothing wrapped, no tab expanded."""
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress goes to stderr.")]
-ModelName = Annotated[str, typer.Option(help="A known name (see `spanfill models`), a folder or a hub id.")]
-FormatName = Annotated[str | None, typer.Option("--format", help="The infill format where the model does not tell it.")]
 
 
 def main() -> None:
@@ -47,33 +57,6 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def pairs_of(texts: list[str] | None, option: str) -> dict[str, str] | None:
-    """``KEY=VALUE`` texts as a mapping, or None; raises ``ConfigError``."""
-    if not texts:
-        return None
-    for text in texts:
-        if "=" not in text:
-            raise ConfigError(f"{option} {text!r} has no equals sign.", remedy=f"Write {option} KEY=VALUE.")
-    return dict(text.split("=", 1) for text in texts)
-
-
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name for name in text.split(",") if name]
-
-
-def _values(texts: dict[str, str] | None) -> dict[str, Any] | None:
-    """Engine arguments as YAML scalars, so that ``enforce_eager=true`` is a boolean."""
-    import yaml
-
-    values = {}
-    for key, text in (texts or {}).items():
-        try:
-            values[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            raise ConfigError(f"--engine-arg {key}={text} is not YAML.", remedy="Put text in quotes.") from None
-    return values or None
 
 
 @app.command(epilog="Example: spanfill run --input pairs.parquet --output out --model demo-codegen25 --max-tokens 64")
@@ -145,11 +128,11 @@ def run(
         if value is not None and key not in ("job", "engine_arg", "column", "with_", "keep_columns", "json_", "Display")
         and not callable(value)
     }  # fmt: skip
-    given |= _present(
-        engine_args=_values(pairs_of(engine_arg, "--engine-arg")),
+    given |= present(
+        engine_args=scalars_of(pairs_of(engine_arg, "--engine-arg")),
         columns=pairs_of(column, "--column"),
-        extra_columns=_names(with_),
-        keep_columns=_names(keep_columns),
+        extra_columns=names_of(with_),
+        keep_columns=names_of(keep_columns),
     )
     spec = parse_spec({**(read_yaml(job) if job else {}), **given})
     # Ray prints some of its messages to stdout, which belongs to the manifest.
@@ -164,22 +147,8 @@ def run(
         raise typer.Exit(EXIT_ERROR_ROWS)
 
 
-def _present(**values: Any) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def notice(model: str, console: Console, *, engine: str) -> None:
-    """Print what a user must know before a model is used: research only, a large download, a simulated engine."""
-    from serving.models import KNOWN_MODELS, download_notice, resolve_model
-
-    if engine != "vllm":
-        console.print(f"[bold yellow]{engine} engine:[/] no model is run, every infill is noise.", highlight=False)
-        return
-    if model in KNOWN_MODELS:
-        known = KNOWN_MODELS[model]
-        for text in (known.notice, download_notice(resolve_model(model))):
-            if text:
-                console.print(f"[yellow]{escape(text)}[/]", highlight=False, soft_wrap=True)
+app.command(epilog=score_cli.EXAMPLE)(score_cli.score)
+app.command(epilog=serve_cli.EXAMPLE)(serve_cli.serve)
 
 
 def summary(manifest: dict[str, Any], output: str) -> None:
@@ -191,9 +160,7 @@ def summary(manifest: dict[str, Any], output: str) -> None:
         f"{manifest['prefix_cache_hit_share']:.1%} prefix-cache hits ({manifest['engine']} engine)",
         highlight=False,
     )
-    if manifest["errors"]:
-        codes = ", ".join(f"{code}: {count}" for code, count in sorted(manifest["error_codes"].items()))
-        console.print(f"error rows are in {output}/errors ({codes})", highlight=False)
+    tell_errors(manifest, output, console)
     console.print(f"infills are in {output}/data; look at some with: spanfill show {output}", highlight=False)
 
 
@@ -268,7 +235,7 @@ def explain(
     """Show the exact prompt of one row: control tokens, what was cut, stop ids. No engine is started."""
     from jobs.explain import explain_row
 
-    spec = {"input": input, "output": ".", "model": model, "max_tokens": max_tokens} | _present(
+    spec = {"input": input, "output": ".", "model": model, "max_tokens": max_tokens} | present(
         format=format, max_model_len=max_model_len, prefix_align=prefix_align, suffix_share=suffix_share,
         columns=pairs_of(column, "--column"),
     )  # fmt: skip
@@ -316,7 +283,7 @@ def plan(
     from jobs.spec import parse_spec
     from serving.gpus import GPUS, PRECISIONS, find_gpu, find_precision
 
-    spec = {"input": input, "output": ".", "model": model} | _present(
+    spec = {"input": input, "output": ".", "model": model} | present(
         revision=revision, format=format, max_tokens=max_tokens, max_model_len=max_model_len,
         prefix_align=prefix_align, suffix_share=suffix_share, columns=pairs_of(column, "--column"),
         order=order, rows_per_part=rows_per_part, limit=limit, replicas=replicas,
@@ -462,9 +429,9 @@ def tune(
     from jobs.tune import tune as find
     from serving.config import read_yaml
 
-    given = (read_yaml(job) if job else {}) | {"output": "."} | _present(
+    given = (read_yaml(job) if job else {}) | {"output": "."} | present(
         input=input, model=model, format=format, max_tokens=max_tokens, replicas=replicas,
-        engine_args=_values(pairs_of(engine_arg, "--engine-arg")), columns=pairs_of(column, "--column"),
+        engine_args=scalars_of(pairs_of(engine_arg, "--engine-arg")), columns=pairs_of(column, "--column"),
     )  # fmt: skip
     spec = parse_spec(given)
     with redirect_stdout(sys.stderr), Display() as display:
@@ -532,6 +499,16 @@ _clone_benchmark(
     "fleet",
     "Whether this machine keeps many simulated H100s full; from a clone only.",
     "spanfill bench fleet --replicas 4 16 --study 64",
+)
+_clone_benchmark(
+    "loads",
+    "How long people wait beside a job on the same engines, and what the job keeps of its speed; from a clone only.",
+    "spanfill bench loads --engine simulated --rate 2 --seconds 120 --json loads.json",
+)
+_clone_benchmark(
+    "gateway",
+    "What HTTP costs beside a call of a replica's handle, and 200 streams at once; from a clone only.",
+    "spanfill bench gateway --streams 200 --seconds 60 --json gateway.json",
 )
 
 

@@ -54,8 +54,10 @@ class Answer:
 class Dispatcher:
     """Sends micro-batches until they are answered."""
 
-    def __init__(self, call: Call, *, max_attempts: int) -> None:
+    def __init__(self, call: Call, *, max_attempts: int, cache_salt: str | None = None, weight: float = 1.0) -> None:
         self._call = call
+        self._cache_salt = cache_salt
+        self._weight = weight
         self._isolation = asyncio.Lock()
         self._pace = Pace()
         self._deaths = 0
@@ -84,7 +86,8 @@ class Dispatcher:
 
         After ``close`` fewer answers come, or none. Raises ``EngineError`` when every call is lost.
         """
-        batch, left = MicroBatch((), sampling, lane=lane), {request.key: request for request in requests}
+        left = {request.key: request for request in requests}
+        batch = MicroBatch((), sampling, cache_salt=self._cache_salt, lane=lane, weight=self._weight)
         self._latest = requests[0]
         attempt = 1
         free = FREE_CALLS if len(requests) > 1 else min(FREE_CALLS, max(1, self._max_attempts - 1))
@@ -153,7 +156,9 @@ class Dispatcher:
         """Whether an engine answers a row that was answered before; where none was, one of the latest micro-batch."""
         asked = self._answered or self._latest
         assert asked is not None
-        known = MicroBatch((asked,), sampling, patience=self._pace.patience)
+        known = MicroBatch(
+            (asked,), sampling, cache_salt=self._cache_salt, patience=self._pace.patience, weight=self._weight
+        )
         while not self._closed:
             await _wait(1)
             try:

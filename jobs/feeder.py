@@ -11,6 +11,7 @@ from jobs.dispatch import Call, Dispatcher
 from jobs.lanes import Lanes, Ticket
 from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader
+from jobs.score import SCORING
 from jobs.tally import Tally
 from jobs.unit import FeederConfig, UnitWork
 from serving.formats import Format, load_format
@@ -82,7 +83,6 @@ class Feeder:
         gc.set_threshold(GC_ALLOCATIONS, 50, 50)
         self._began = time.process_time()
         self._config = config
-        spec = config.spec
         self._format: Format = load_format(config.format, tokenizer_of=config.tokenizer)
         self._reader = UnitReader(config.input, config.schema.names)
         self._reading = asyncio.Lock()
@@ -95,16 +95,7 @@ class Feeder:
         self._works: dict[int, UnitWork] = {}
         self._said: list[str] = []
         self._tasks: set[asyncio.Task[Tally | None]] = set()
-        self._sampling = Sampling(
-            max_tokens=spec.max_tokens,
-            temperature=spec.temperature,
-            top_p=spec.top_p,
-            stop_token_ids=self._format.stop_token_ids,
-            logprobs="mean_logprob" in spec.extra_columns,
-            stop=spec.stop,
-            format=config.format,
-            tokenizer=config.tokenizer,
-        )
+        self._sampling = SCORING if config.spec.task == "score" else _infilling(config, self._format)
 
     async def attach(self, deployment: str, app: str, route: Route) -> None:
         """Begin to call the application's replicas."""
@@ -122,8 +113,11 @@ class Feeder:
 
     def connect(self, call: Call, route: Route) -> None:
         """Begin to send micro-batches with ``call``."""
-        self._dispatcher = Dispatcher(call, max_attempts=self._config.spec.max_attempts)
-        self._lanes = Lanes(route.replicas, route.window, self._config.spec.batch_rows)
+        spec = self._config.spec
+        self._dispatcher = Dispatcher(
+            call, max_attempts=spec.max_attempts, cache_salt=spec.cache_salt, weight=spec.weight
+        )
+        self._lanes = Lanes(route.replicas, route.window, spec.batch_rows)
         self._block_size = route.block_size
         self._ready.set()
 
@@ -241,3 +235,17 @@ class Feeder:
         while True:
             await asyncio.sleep(JOURNAL_SECONDS)
             await asyncio.to_thread(work.publish_journal)
+
+
+def _infilling(config: FeederConfig, fmt: Format) -> Sampling:
+    spec = config.spec
+    return Sampling(
+        max_tokens=spec.max_tokens,
+        temperature=spec.temperature,
+        top_p=spec.top_p,
+        stop_token_ids=fmt.stop_token_ids,
+        logprobs="mean_logprob" in spec.extra_columns,
+        stop=spec.stop,
+        format=config.format,
+        tokenizer=config.tokenizer,
+    )

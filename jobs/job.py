@@ -13,16 +13,18 @@ from jobs.reader import (
     ORIGIN_FILE,
     ORIGIN_ROW,
     OUTPUT_COLUMNS,
+    SCORE_COLUMNS,
     InputSet,
     check_kept,
     check_roles,
     find_input,
 )
-from jobs.spec import ROLES, JobSpec, fingerprint
+from jobs.score import check_logprobs_mode, settle_columns
+from jobs.spec import JobSpec, fingerprint
 from jobs.store import Location, exists, is_file, locate
 from jobs.unit import FeederConfig
 from serving.config import EngineConfig
-from serving.engine import check_engine_args
+from serving.engine_args import check_engine_args
 from serving.errors import OutputError
 from serving.formats import Format, load_format
 from serving.models import Model, resolve_model
@@ -74,6 +76,8 @@ def prepare_job(spec: JobSpec) -> Job:
     if is_file(output):
         raise OutputError(f"the output {output} is a file.", remedy="Give --output a folder of its own.")
     model = resolve_model(spec.model, format=spec.format, revision=spec.revision)
+    if spec.task == "score":
+        check_logprobs_mode(spec.engine_args)
     if spec.engine == "vllm":
         check_engine_args(spec.engine_args)
         model = replace(model, revision=resolve_revision(model))
@@ -84,25 +88,31 @@ def prepare_job(spec: JobSpec) -> Job:
         tensor_parallel_size=spec.tensor_parallel_size,
         engine_args=spec.engine_args,
     )
-    _, inputs = open_input(spec, model.format, engine.max_model_len)
+    spec, _, inputs = open_input(spec, model.format, engine.max_model_len)
     kept = spec.keep_columns if spec.keep_columns is not None else inputs.schema.names
-    check_kept(inputs.schema, kept, added=[*OUTPUT_COLUMNS, *spec.extra_columns, *ERROR_COLUMNS])
+    added = SCORE_COLUMNS if spec.task == "score" else OUTPUT_COLUMNS
+    check_kept(inputs.schema, kept, added=[*added, *spec.extra_columns, *ERROR_COLUMNS])
     files = [{"name": f.name, "rows": f.rows, "size": f.size, "footer": f.digest} for f in inputs.files]
     plain = spec.in_plain_words(inputs.schema.names, inputs.rows)
     identity = plain.infill_identity(engine, weights_identity(model, engine.revision), model.format, files)
     return Job(spec, model, engine, inputs, output, model.format, identity)
 
 
-def open_input(spec: JobSpec, format_name: str, max_model_len: int) -> tuple[Format, InputSet]:
-    """A job's format and input files, found to suit each other; raises a ``UsageError``."""
+def open_input(spec: JobSpec, format_name: str, max_model_len: int) -> tuple[JobSpec, Format, InputSet]:
+    """A job, its format and its input files, found to suit each other; raises a ``UsageError``.
+
+    The columns of a job that scores are settled then.
+    """
     fmt = load_format(format_name, tokenizer_of=spec.model)
-    fmt.check_budget(spec.max_tokens, max_model_len)
+    fmt.check_budget(spec.answer_tokens, max_model_len)
     inputs = find_input(spec.input, patience=spec.store_patience)
+    if spec.task == "score":
+        spec = settle_columns(spec, inputs.schema.names)
     if spec.column("suffix") in inputs.schema.names:
         fmt.check_infill()
-    named = [role for role in ROLES if spec.columns.get(role)]
-    check_roles(inputs.schema, {role: spec.column(role) for role in ROLES}, named=named)
-    return fmt, inputs
+    wanted = {*spec.required_roles, *(role for role in spec.roles if spec.columns.get(role))}
+    check_roles(inputs.schema, {role: spec.column(role) for role in spec.roles}, wanted=wanted)
+    return spec, fmt, inputs
 
 
 def refuse_nested_output(job: Job) -> None:
@@ -119,7 +129,7 @@ def feeder_config(job: Job, *, beginning: str = "", lease: int = 0) -> FeederCon
     spec = job.spec
     own = [name for name in job.inputs.schema.names if name not in (ORIGIN_FILE, ORIGIN_ROW)]
     kept = [name for name in own if spec.keep_columns is None or name in spec.keep_columns]
-    roles = [spec.column(role) for role in ROLES]
+    roles = [spec.column(role) for role in spec.roles]
     columns = [name for name in job.inputs.schema.names if name in [*kept, *roles, ORIGIN_FILE, ORIGIN_ROW]]
     schema = job.inputs.schema.remove_metadata()
     return FeederConfig(
@@ -139,9 +149,9 @@ def feeder_config(job: Job, *, beginning: str = "", lease: int = 0) -> FeederCon
 
 
 def provenance(job: Job) -> dict[str, Any]:
-    """What each part and the manifest say of where the infills come from."""
+    """What each part and the manifest say of where the infills or likelihoods come from."""
     model = job.model
-    return {
+    told: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "engine": job.engine.kind,
         "model": job.spec.model,
@@ -153,4 +163,10 @@ def provenance(job: Job) -> dict[str, Any]:
         "citation": model.citation,
         "versions": versions(),
         "job": job.fingerprint,
-    } | ({} if job.engine.kind == "vllm" else {"simulated": "no model computed these rows; their text is noise"})
+    }
+    if job.spec.task == "score":
+        told["task"] = "score"
+    if job.engine.kind != "vllm":
+        noise = "figures are" if job.spec.task == "score" else "text is"
+        told["simulated"] = f"no model computed these rows; their {noise} noise"
+    return told

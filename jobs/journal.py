@@ -24,6 +24,8 @@ SCHEMA = pa.schema(
         ("token_ids", pa.list_(pa.int32())),
         ("stop_token_id", pa.int32()),
         ("mean_logprob", pa.float32()),
+        ("sum_logprob", pa.float64()),
+        ("scored", pa.int32()),
         ("cached_tokens", pa.int32()),
         ("replica", pa.string()),
         ("error_code", pa.string()),
@@ -35,13 +37,18 @@ SCHEMA = pa.schema(
 
 @dataclass(slots=True)
 class Sample:
-    """What the engine made of one sample of one row: the least that must survive a kill. ``row`` is the file's."""
+    """What the engine made of one sample of one row: the least that must survive a kill. ``row`` is the file's.
+
+    ``sum_logprob`` is the natural logarithm of the likelihood of the row's ``scored`` tokens, where they are scored.
+    """
 
     row: int
     sample: int
     token_ids: list[int]
     stop_token_id: int | None = None
     mean_logprob: float | None = None
+    sum_logprob: float | None = None
+    scored: int = 0
     cached_tokens: int = 0
     replica: str = ""
     error_code: str | None = None

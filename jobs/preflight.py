@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.store import Location, delete, exists, publish_bytes
 from serving.config import EngineConfig
-from serving.engine import installed_version
+from serving.engine_args import installed_version
 from serving.errors import OutputError, ResourceError, StorageError, UsageError, VersionError
 
 ANSWER_SECONDS = 120

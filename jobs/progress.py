@@ -50,7 +50,7 @@ class Display(Watcher):
     ) -> None:
         if self._live:
             self._live.stop()
-        if kind is None and self.last and self.last.tally.samples:
+        if kind is None and self.last and _completions(self.last):
             self.check_quality(self.last)
 
     def say(self, message: str) -> None:
@@ -64,7 +64,7 @@ class Display(Watcher):
             self._stage = progress.stage
             if not self._live:
                 self.say(progress.stage)
-        if not self._checked and progress.tally.samples >= CHECK_AT:
+        if not self._checked and _completions(progress) >= CHECK_AT:
             self._checked = True
             self.check_quality(progress)
         if self._live:
@@ -101,14 +101,20 @@ class Display(Watcher):
             )
 
 
+def _completions(progress: Progress) -> int:
+    """Those that have ended; a job that scores has none."""
+    return sum(progress.tally.finish_reasons.values())
+
+
 def describe_speed(progress: Progress) -> str:
-    """Rows and tokens a second, cache hits and errors, in one line."""
+    """Rows and tokens a second (made or scored), cache hits and errors, in one line."""
     tally, seconds = progress.tally, max(progress.seconds, 1e-9)
     fresh = progress.fresh_rows / max(1, tally.rows)
     hits = tally.cached_tokens / tally.prompt_tokens if tally.prompt_tokens else 0.0
     errors = f", {tally.errors:,} errors" if tally.errors else ""
+    tokens = tally.completion_tokens + tally.scored_tokens
     return (
-        f"{progress.fresh_rows / seconds:,.1f} rows/s, {tally.completion_tokens * fresh / seconds:,.0f} tokens/s, "
+        f"{progress.fresh_rows / seconds:,.1f} rows/s, {tokens * fresh / seconds:,.0f} tokens/s, "
         f"{hits:.0%} cache hits{errors}"
     )
 

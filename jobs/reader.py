@@ -3,7 +3,7 @@
 import fnmatch
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -30,6 +30,9 @@ OUTPUT_COLUMNS = [
     "truncated",
     "sample",
 ]
+SCORE_COLUMNS = ["sum_logprob", "mean_logprob", "tokens", "bits_per_byte"]
+"""What a job adds that scores."""
+
 ORIGIN_FILE, ORIGIN_ROW = "__spanfill_file", "__spanfill_row"
 """Columns of a gathered copy that tell where in the input each of its rows was."""
 
@@ -214,15 +217,15 @@ def _difference(expected: pa.Schema, found: pa.Schema) -> str:
     return "" if found.names == expected.names else "the columns stand in another order"
 
 
-def check_roles(schema: pa.Schema, roles: dict[str, str], *, named: Sequence[str]) -> None:
+def check_roles(schema: pa.Schema, roles: dict[str, str], *, wanted: Collection[str]) -> None:
     """Refuse a schema that lacks a role's column or has it in the wrong type.
 
-    ``roles`` maps ``prefix``, ``suffix`` and ``id`` to column names, ``named`` lists the roles that the user named.
-    Raises ``InputError`` naming the column.
+    ``roles`` maps roles to column names, ``wanted`` are those that the task needs or that the user named. Raises
+    ``InputError`` naming the column.
     """
     for role, name in roles.items():
         if name not in schema.names:
-            if role == "prefix" or role in named:
+            if role in wanted:
                 raise InputError(
                     f"column {name} is missing; the input has {', '.join(schema.names)}.",
                     remedy=f"Name the column that holds it: --column {role}=NAME.",

@@ -11,7 +11,7 @@ from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader
-from jobs.spec import ROLES, JobSpec
+from jobs.spec import JobSpec
 from jobs.store import Location, patient
 from serving.errors import InputChangedError, SpanfillError
 
@@ -118,7 +118,7 @@ def _columns(root: Location, file: InputFile, spec: JobSpec) -> list[str]:
             return list(pq.read_schema(source).names)
 
     present = patient(root, names)
-    return [spec.column(role) for role in ROLES if spec.column(role) in present]
+    return [spec.column(role) for role in spec.roles if spec.column(role) in present]
 
 
 def sha256(location: Location) -> str:

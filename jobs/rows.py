@@ -20,12 +20,18 @@ from serving.trimming import OVERLAPS, TRIMMINGS
 
 @dataclass(slots=True)
 class PromptFacts:
-    """What a row's prompt was, without its token ids."""
+    """What a row's prompt was, without its token ids; ``scored`` of its last tokens are a text to be scored."""
 
     prompt_tokens: int
     prefix_chars: int
     suffix_chars: int
     truncated: bool
+    scored: int = 0
+
+
+def facts_of(prompt: Prompt) -> PromptFacts:
+    """What is kept of a prompt."""
+    return PromptFacts(len(prompt.token_ids), prompt.prefix_chars, prompt.suffix_chars, prompt.truncated, prompt.scored)
 
 
 def row_seeds(spec: JobSpec, identity: str) -> tuple[int, ...]:
@@ -48,9 +54,9 @@ def row_prompts(
     prefixes, suffixes, identities = (role_values(spec, batch, role) for role in ROLES)
     for row, (before, after, identity) in enumerate(zip(prefixes, suffixes, identities, strict=True)):
         error = (
-            _text_error(spec.column("prefix"), before, required=True)
-            or _text_error(spec.column("suffix"), after, required=False)
-            or _text_error(spec.column("id"), identity, required=False)
+            text_error(spec, "prefix", before, required=True)
+            or text_error(spec, "suffix", after, required=False)
+            or text_error(spec, "id", identity, required=False)
         )
         if error is not None:
             errors[row] = error
@@ -82,11 +88,14 @@ def role_values(spec: JobSpec, batch: pa.RecordBatch, role: str) -> list[Any]:
     return list(texts(column) if is_text(column.type) else column.to_pylist())
 
 
-def _text_error(column: str, value: str | UnicodeDecodeError | None, *, required: bool) -> InputError | None:
+def text_error(
+    spec: JobSpec, role: str, value: str | UnicodeDecodeError | None, *, required: bool
+) -> InputError | None:
+    """What is wrong with a row's value of the column that plays ``role``, if anything is."""
     if isinstance(value, UnicodeDecodeError):
-        return InputError(f"column {column} is not UTF-8 at byte {value.start}.", remedy="Decode it before.")
+        return InputError(f"column {spec.column(role)} is not UTF-8 at byte {value.start}.", remedy="Decode it before.")
     if value is None and required:
-        return InputError(f"column {column} is null.", remedy="Give a prefix; an empty one is allowed.")
+        return InputError(f"column {spec.column(role)} is null.", remedy=f"Give a {role}; an empty one is allowed.")
     return None
 
 

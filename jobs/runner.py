@@ -18,6 +18,7 @@ from jobs.plan import Unit, plan_units
 from jobs.preflight import check_cluster, versions, writing_is_possible
 from jobs.recheck import Recheck, check_inputs
 from jobs.retry import plan_retries, settle_retries
+from jobs.score import score_totals
 from jobs.signals import Signals, interruptible
 from jobs.spec import JobSpec, stored_spec
 from jobs.store import locate
@@ -303,6 +304,7 @@ def _check_errors(spec: JobSpec, tally: Tally) -> None:
 def _commit(run: _Run, units: list[Unit], seconds: float) -> dict[str, Any]:
     """Add up the parts' reports; speeds are of this run's rows over the seconds in which its engines ran."""
     job, ledger, fresh, running = run.job, run.ledger, run.finished, run.ran
+    share = _fresh_share(fresh)
     run.lease.renew()
     settle_retries(ledger, units)
     total, digests, sizes = Tally(), dict[str, str](), dict[str, int]()
@@ -322,7 +324,7 @@ def _commit(run: _Run, units: list[Unit], seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "running_seconds": round(running, 3),
         "rows_per_second": round((fresh.rows - fresh.replayed) / running, 3) if running else 0.0,
-        "output_tokens_per_second": round(_fresh_tokens(fresh) / running, 3) if running else 0.0,
+        "output_tokens_per_second": round(fresh.completion_tokens * share / running, 3) if running else 0.0,
         "startup_seconds": run.started.seconds,
         **run.told,
         "prompt_tokens": total.prompt_tokens,
@@ -338,10 +340,13 @@ def _commit(run: _Run, units: list[Unit], seconds: float) -> dict[str, Any]:
         "bytes": sizes,
         "tally": asdict(total),
     }
+    if job.spec.task == "score":
+        speed = round(fresh.scored_tokens * share / running, 3) if running else 0.0
+        manifest |= {"scored_tokens_per_second": speed, **score_totals(total)}
     ledger.write_manifest(manifest)
     return manifest
 
 
-def _fresh_tokens(tally: Tally) -> float:
-    """Completion tokens of the rows that were not replayed, as far as their share of the rows tells."""
-    return tally.completion_tokens * (tally.rows - tally.replayed) / tally.rows if tally.rows else 0.0
+def _fresh_share(tally: Tally) -> float:
+    """The share of a tally's rows, and as far as that tells of their tokens, that was not replayed."""
+    return (tally.rows - tally.replayed) / tally.rows if tally.rows else 0.0

@@ -1,4 +1,4 @@
-"""Infills for human eyes: prefix, infill and suffix in one coloured text."""
+"""Rows for human eyes: prefix, infill and suffix in one coloured text, or what was scored."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 from rich.segment import Segments
 
 from jobs.ledger import read_job
-from jobs.reader import is_text, texts
-from jobs.spec import ROLES
+from jobs.reader import SCORE_COLUMNS, is_text, texts
+from jobs.spec import ROLES, SCORE_ROLES
 from jobs.store import list_files, locate
 from jobs.visible import styled, visible
 from serving.errors import InputError
@@ -17,6 +17,9 @@ from serving.errors import InputError
 CONTEXT_LINES = 6
 SHOWN_COLUMNS = ("middle", "infill", "finish_reason", "completion_tokens")
 """Beside those of the roles."""
+
+SCORED_LINES = 2 * CONTEXT_LINES
+"""Of a plain text that was scored."""
 
 
 def colour(
@@ -39,12 +42,12 @@ def colour(
 def infill_rows(output: str, *, row: int | None = None, limit: int = 5) -> Iterator[dict[str, Any]]:
     """Rows of a job's finished parts: the first ``limit``, or the one that stands at ``row`` in the output.
 
-    They hold the columns of the roles and ``SHOWN_COLUMNS``. Raises ``OutputError`` if the folder is no job's,
-    ``InputError`` if it has no such row.
+    They hold the columns of the roles, and ``SHOWN_COLUMNS`` or ``SCORE_COLUMNS``. Raises ``OutputError`` if the folder
+    is no job's, ``InputError`` if it has no such row.
     """
     location = locate(output)
-    columns = read_job(location)["spec"]["columns"]
-    wanted = {*SHOWN_COLUMNS, *(columns.get(role, role) for role in ROLES)}
+    spec = read_job(location)["spec"]
+    wanted = {*(SCORE_COLUMNS if _scores(spec) else SHOWN_COLUMNS), *_roles(spec).values()}
     at = 0
     for info in list_files(location.join("data")):
         with location.fs.open_input_file(info.path) as source:
@@ -89,20 +92,45 @@ def _values(column: pa.Array) -> list[Any]:
 
 def shown_rows(output: str, *, row: int | None = None, limit: int = 5) -> Iterator[Segments]:
     """``infill_rows`` for the terminal, each below a line that says which it is; raises as it does, also for none."""
-    columns = read_job(locate(output))["spec"]["columns"]
-    prefix, suffix, identity = (columns.get(role, role) for role in ROLES)
+    spec = read_job(locate(output))["spec"]
+    roles, show = _roles(spec), _shown_score if _scores(spec) else _shown_infill
     none = True
     for values in infill_rows(output, row=row, limit=limit):
         none = False
-        told = [values.get(identity), values["finish_reason"], f"{values['completion_tokens']} tokens"]
-        title = " · ".join(visible(str(fact)).replace("\n", "␊") for fact in told if fact is not None)
-        middle = values.get("middle")
-        yield styled((f"── {title} ──\n", "bold"))
-        yield colour(
-            values.get(prefix) or "",
-            values["infill"],
-            values.get(suffix),
-            middle=middle if isinstance(middle, str) else None,
-        )
+        yield from show(values, roles)
     if none:
         raise _no_rows(output)
+
+
+def _scores(spec: dict[str, Any]) -> bool:
+    return bool(spec.get("task") == "score")
+
+
+def _roles(spec: dict[str, Any]) -> dict[str, str]:
+    """The columns of a stored job's roles."""
+    return {role: spec["columns"].get(role, role) for role in (SCORE_ROLES if _scores(spec) else ROLES)}
+
+
+def _shown_infill(values: dict[str, Any], roles: dict[str, str]) -> Iterator[Segments]:
+    yield _title(values.get(roles["id"]), values["finish_reason"], f"{values['completion_tokens']} tokens")
+    middle = values.get("middle")
+    yield colour(
+        values.get(roles["prefix"]) or "",
+        values["infill"],
+        values.get(roles["suffix"]),
+        middle=middle if isinstance(middle, str) else None,
+    )
+
+
+def _shown_score(values: dict[str, Any], roles: dict[str, str]) -> Iterator[Segments]:
+    """What was scored in green, as infills are: a middle, or the first lines of a text."""
+    bits = values["bits_per_byte"]
+    told = None if bits is None else f"{bits:.3f} bits per byte"
+    yield _title(values.get(roles["id"]), f"{values['sum_logprob']:.3f} nats", f"{values['tokens']} tokens", told)
+    prefix, suffix, middle, text = (values.get(roles[role]) or "" for role in ("prefix", "suffix", "middle", "text"))
+    yield colour(prefix, middle or "".join(text.splitlines(keepends=True)[:SCORED_LINES]), suffix)
+
+
+def _title(*told: Any) -> Segments:
+    line = " · ".join(visible(str(fact)).replace("\n", "␊") for fact in told if fact is not None)
+    return styled((f"── {line} ──\n", "bold"))

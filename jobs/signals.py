@@ -23,6 +23,16 @@ class Signals:
             signal.raise_signal(number)
         self._number = number
 
+    @property
+    def came(self) -> bool:
+        """Whether one came."""
+        return bool(self._number)
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell says of a process that the signal ended; 0 when none came."""
+        return 128 + self._number if self._number else 0
+
     def check(self) -> None:
         """Raise what the signal asks for."""
         if self._number:

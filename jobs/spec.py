@@ -1,4 +1,4 @@
-"""``JobSpec``: everything that a job is, as one frozen record; every field is an option of ``spanfill run``."""
+"""``JobSpec``: everything that a job is, as one frozen record; its fields are the options of ``run`` and ``score``."""
 
 import hashlib
 import json
@@ -11,26 +11,37 @@ from pydantic import Field, JsonValue, model_validator
 
 from jobs.store import PATIENCE_SECONDS
 from serving.config import EngineConfig, EngineKind, Frozen
-from serving.engine import SPEED_ARGUMENTS
+from serving.engine_args import SPEED_ARGUMENTS
 from serving.errors import ConfigError
+from serving.tenants.caller import Caller
+from serving.tenants.terms import LEAST_WEIGHT, MOST_WEIGHT, NAME
 from serving.trimming import TRIMMINGS
 from serving.truncation import DEFAULT_PREFIX_ALIGN, DEFAULT_SUFFIX_SHARE
 
 ROLES = ("prefix", "suffix", "id")
+SCORE_ROLES = ("prefix", "suffix", "middle", "text", "id")
 EXTRA_COLUMNS = ("mean_logprob", "token_ids", "source_file", "source_row")
+SCORE_EXTRA_COLUMNS = ("truncated", "source_file", "source_row")
+GENERATION = ("max_tokens", "temperature", "top_p", "n", "seed", "stop", "stop_at_suffix", "trim")
+"""Fields of what is generated; a job that scores generates nothing."""
+
 COMPRESSIONS = ("zstd", "snappy", "gzip", "lz4", "none")
 
 
 class JobSpec(Frozen):
-    """A job: Parquet of prefix/suffix pairs in, Parquet of infills out.
+    """A job: Parquet of prefix/suffix pairs in, Parquet of infills out; or, with ``task`` score, of likelihoods.
 
     ``input`` is a file, a folder or a glob, local or a URI; ``output`` a folder that belongs to this job. Lengths are
-    in tokens, ``max_error_rate`` is a share of the rows tried, ``store_patience`` is in seconds. Raises
-    ``ConfigError`` naming every wrong field.
+    in tokens, ``max_error_rate`` is a share of the rows tried, ``store_patience`` is in seconds. ``tenant`` is whose
+    job it is where one fleet serves several: it parts their prefix caches, by ``weight`` their shares of the engines,
+    and changes no infill. Raises ``ConfigError`` naming every wrong field.
     """
 
+    task: Literal["infill", "score"] = "infill"
     input: str
     output: str
+    tenant: str | None = Field(None, pattern=f"^{NAME.pattern}$")
+    weight: float = Field(1.0, ge=LEAST_WEIGHT, le=MOST_WEIGHT)
     model: str = "demo-codegen25"
     revision: str | None = None
     format: str | None = None
@@ -52,6 +63,7 @@ class JobSpec(Frozen):
     trim: tuple[str, ...] = ()
     prefix_align: int | None = Field(None, ge=1)
     suffix_share: float | None = Field(None, ge=0, le=1)
+    score_end: bool = False
     order: Literal["prefix", "input", "global"] = "prefix"
 
     columns: dict[str, str] = Field(default_factory=dict)
@@ -74,8 +86,9 @@ class JobSpec(Frozen):
     def _consistent(self) -> "JobSpec":
         if self.n > 1 and self.temperature == 0:
             raise ValueError("n > 1 at temperature 0 would repeat one infill; set temperature")
-        _known("columns", self.columns, ROLES)
-        _known("extra_columns (--with)", self.extra_columns, EXTRA_COLUMNS)
+        _known("columns", self.columns, self.roles)
+        extra = SCORE_EXTRA_COLUMNS if self.task == "score" else EXTRA_COLUMNS
+        _known("extra_columns (--with)", self.extra_columns, extra)
         _known("trim", self.trim, TRIMMINGS)
         _known("compression", (self.compression,), COMPRESSIONS)
         if self.retry_errors and (self.overwrite or not self.resume):
@@ -84,8 +97,43 @@ class JobSpec(Frozen):
             raise ValueError("a stop string is empty")
         return self
 
+    @model_validator(mode="after")
+    def _of_its_task(self) -> "JobSpec":
+        if self.task == "infill":
+            if self.score_end:
+                raise ValueError("score_end is for task score")
+            return self
+        given = [name for name in GENERATION if getattr(self, name) != type(self).model_fields[name].default]
+        if given:
+            raise ValueError(f"scoring generates nothing; leave out {', '.join(given)}")
+        if self.order == "global":
+            raise ValueError("order global is for a prefix cache, which scoring does not read; use prefix or input")
+        return self
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What the input's columns may be for this task."""
+        return SCORE_ROLES if self.task == "score" else ROLES
+
+    @property
+    def required_roles(self) -> tuple[str, ...]:
+        """The roles that need a column without nulls; the last one is what is scored, where that is the task."""
+        if self.task == "infill":
+            return ("prefix",)
+        return ("prefix", "middle") if self.column("middle") else ("text",)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that an engine makes of a sample at most: one where it scores, since vLLM makes one at least."""
+        return 1 if self.task == "score" else self.max_tokens
+
+    @property
+    def cache_salt(self) -> str | None:
+        """What parts the tenant's blocks in the prefix cache from all others'; None for a job of no tenant."""
+        return None if self.tenant is None else Caller(self.tenant, key="").cache_salt
+
     def column(self, role: str) -> str:
-        """The input column that plays ``role`` (``prefix``, ``suffix`` or ``id``); empty for none."""
+        """The input column that plays ``role``, one of ``roles``; empty for none."""
         return self.columns.get(role, role)
 
     def in_plain_words(self, columns: Sequence[str], rows: int) -> "JobSpec":
@@ -94,7 +142,7 @@ class JobSpec(Frozen):
         return self.model_copy(
             update={
                 "stop": tuple(sorted(set(self.stop))),
-                "columns": {role: self.column(role) for role in ROLES if self.column(role) in columns},
+                "columns": {role: self.column(role) for role in self.roles if self.column(role) in columns},
                 "keep_columns": None if kept == list(columns) else tuple(kept),
                 "limit": None if self.limit is None or self.limit >= rows else self.limit,
             }
@@ -103,12 +151,13 @@ class JobSpec(Frozen):
     def infill_identity(
         self, engine: EngineConfig, weights: dict[str, Any], format_name: str, files: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        """What can change an infill or its columns, and nothing else: the ground of the job's fingerprint.
+        """What can change an answer or its columns, and nothing else: the ground of the job's fingerprint.
 
         Where the model and the input lie plays no part, nor do engine arguments of speed and memory, nor, when
         decoding is greedy, the seed. The order does where it decides which rows a part holds.
         """
-        names = {"max_tokens", "temperature", "n", "stop", "trim", "columns", "extra_columns", "keep_columns", "limit"}
+        names = {"columns", "extra_columns", "keep_columns", "limit"}
+        names |= {"task", "score_end"} if self.task == "score" else {"max_tokens", "temperature", "n", "stop", "trim"}
         if self.temperature > 0:
             names |= {"seed", "top_p"}
         if self.order == "global":  # Which rows a part holds, and their order.

@@ -17,7 +17,8 @@ class Tally:
     ``replayed`` counts the rows among ``rows`` that came from the journal, ``prepared`` those whose prompt was made or
     could not be made, ``refused`` the latter: no engine ever saw them. ``ideal_tokens`` is what ``cached_tokens`` would
     be with a prefix cache that forgets nothing within a unit; ``twins`` are rows that took another's answer because
-    their prompt and seeds were the same. ``cpu_seconds`` are the feeder's, by what it did.
+    their prompt and seeds were the same. ``sum_logprob`` is that of all ``scored_tokens``, texts of ``scored_bytes``.
+    ``cpu_seconds`` are the feeder's, by what it did.
     """
 
     rows: int = 0
@@ -28,6 +29,9 @@ class Tally:
     samples: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    scored_tokens: int = 0
+    scored_bytes: int = 0
+    sum_logprob: float = 0.0
     cached_tokens: int = 0
     ideal_tokens: int = 0
     twins: int = 0

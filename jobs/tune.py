@@ -17,9 +17,9 @@ from jobs.reader import UnitReader
 from jobs.runner import Watcher, run_job
 from jobs.sample import parts_of
 from jobs.search import Figures, Knob, Settings, Trial, Tuning, search
-from jobs.spec import ROLES, JobSpec
+from jobs.spec import JobSpec
 from jobs.store import locate, publish_bytes
-from serving.engine import CPU_BATCHED_TOKENS, CPU_DEFAULTS, is_gpu_build
+from serving.engine_args import CPU_BATCHED_TOKENS, CPU_DEFAULTS, is_gpu_build
 from serving.errors import InputError
 
 RUNS_OF_ROWS = 8
@@ -30,7 +30,7 @@ GRID = (
     Knob("max_num_seqs", (32, 64, 128, 256, 512)),
     Knob("max_num_batched_tokens", (2_048, 4_096, 8_192, 16_384)),
     Knob("async_scheduling", (True, False)),
-    # vLLM 0.32's CPU build dies on seeded, sampled prompts that are prefilled in chunks: see serving.engine.
+    # vLLM 0.32's CPU build dies on seeded, sampled prompts that are prefilled in chunks: see serving.engine_args.
     Knob("enable_chunked_prefill", (True, False), gpu_only=True),
     Knob("block_size", (32, 64, 128, 16)),
 )
@@ -88,7 +88,7 @@ def _run(spec: JobSpec, sample: Path, settings: Settings, watcher: Watcher | Non
 
 def sample_rows(job: Job, rows: int) -> pa.Table:
     """Some runs of neighbouring rows, spread evenly over the input, with the columns that play a role."""
-    roles = {job.spec.column(role) for role in ROLES}
+    roles = {job.spec.column(role) for role in job.spec.roles}
     reader = UnitReader(job.inputs.root, [name for name in job.inputs.schema.names if name in roles])
     files = job.inputs.files
     units = [Unit(number, number, 0, file.rows) for number, file in enumerate(files)]

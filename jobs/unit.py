@@ -15,10 +15,12 @@ from jobs.ledger import Ledger, Report
 from jobs.order import TOKEN_BYTES, cut, grouped, ideal_cached_tokens, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
 from jobs.reader import UnitReader, check_untouched, origins
-from jobs.rows import PromptFacts, output_columns, role_values, row_prompts, row_seeds, row_untils, to_samples
-from jobs.spec import ROLES, JobSpec
+from jobs.rows import PromptFacts, facts_of, output_columns, role_values, row_prompts, row_seeds, row_untils, to_samples
+from jobs.score import nothing_scored, score_columns, score_prompts
+from jobs.spec import JobSpec
 from jobs.store import Location, delete, exists, patient
 from jobs.tally import Tally, count, timed
+from jobs.windows import Windows, scored_sample, window_sizes, windows
 from jobs.writer import error_columns, part_writer, passed_through
 from serving.errors import InputChangedError, StorageError
 from serving.formats import Format, Prompt
@@ -64,11 +66,16 @@ class UnitWork:
         self._seeds: list[tuple[int, ...]] = []
         self._untils: list[str | None] = []
         self._samples: dict[int, list[Sample]] = {}
+        self._windows = Windows()
         self._journaled: set[int] = set()
         self._wanted: set[tuple[str, int]] | None = None
         self._twins: dict[int, list[int]] = {}
         self._repeated_ids = self._ideal = 0
         self._digest = ""
+
+    @property
+    def _scores(self) -> bool:
+        return self._spec.task == "score"
 
     @property
     def missing(self) -> int:
@@ -100,7 +107,7 @@ class UnitWork:
 
     @property
     def _digested(self) -> list[str]:
-        return [n for role in ROLES if (n := self._spec.column(role)) in self._config.schema.names]
+        return [n for role in self._spec.roles if (n := self._spec.column(role)) in self._config.schema.names]
 
     def _changed(self, when: str) -> InputChangedError:
         return InputChangedError(
@@ -138,7 +145,8 @@ class UnitWork:
 
     def _prepare_batch(self, batch: pa.RecordBatch, seen: set[Any]) -> None:
         self._untils += row_untils(self._spec, batch)
-        prompts = row_prompts(self._spec, self._format, self._config.max_model_len, batch)
+        make = score_prompts if self._scores else row_prompts
+        prompts = make(self._spec, self._format, self._config.max_model_len, batch)
         sources = origins(batch, self._file, self.unit.start + len(self._facts))
         for (identity, prompt), source in zip(prompts, sources, strict=True):
             row = len(self._facts)
@@ -147,9 +155,11 @@ class UnitWork:
                 self._facts.append(None)
                 self._prompts.append(None)
             elif isinstance(prompt, Prompt):
-                length = len(prompt.token_ids)
-                self._facts.append(PromptFacts(length, prompt.prefix_chars, prompt.suffix_chars, prompt.truncated))
+                self._facts.append(facts_of(prompt))
                 self._prompts.append(prompt.token_ids)
+                if self._scores and not prompt.scored:
+                    self._prompts[row] = None
+                    self._samples.setdefault(row, [nothing_scored(self.unit.start + row)])
             else:
                 self._facts.append(None)
                 self._prompts.append(None)
@@ -179,8 +189,10 @@ class UnitWork:
         keys = [b"" if prompt is None else sort_key(prompt) for prompt in self._prompts]
         prompts = [row for row, prompt in enumerate(self._prompts) if prompt is not None]
         order = [prompts[i] for i in prefix_order([keys[row] for row in prompts])]
-        ideal = dict(zip(order, ideal_cached_tokens(keys, order, block_size), strict=True))
-        longest = self._spec.n * self._spec.max_tokens
+        # vLLM reads no prefix cache for a prompt whose logarithms are wanted: the cached ones would lack theirs.
+        cached = [0] * len(order) if self._scores else ideal_cached_tokens(keys, order, block_size)
+        ideal = dict(zip(order, cached, strict=True))
+        longest = self._spec.n * self._spec.answer_tokens
         weights = [len(key) // TOKEN_BYTES - ideal.get(row, 0) + longest for row, key in enumerate(keys)]
         rows = self._find_twins(keys, order, ideal, block_size)
         self._prompts = [prompt if row in rows else None for row, prompt in enumerate(self._prompts)]
@@ -194,7 +206,9 @@ class UnitWork:
         """The rows to send, without those that another's answer serves; those whose other is answered are answered."""
         rows, leaders = set[int](), dict[Any, int]()
         for row in order:
-            leader = leaders.setdefault((keys[row], self._seeds[row], self._untils[row]), row)
+            fact = self._facts[row]
+            scored = fact.scored if fact else 0
+            leader = leaders.setdefault((keys[row], self._seeds[row], self._untils[row], scored), row)
             tokens = len(keys[row]) // TOKEN_BYTES
             again = (tokens - 1) // block_size * block_size * (self._spec.n - 1)
             self._ideal += ideal[row] + again if leader == row else tokens * self._spec.n
@@ -220,17 +234,41 @@ class UnitWork:
         self._count(row)
 
     def requests(self, rows: list[int]) -> list[Request]:
-        """What the engine is asked for these rows."""
-        return [Request(row, self._prompts[row] or (), self._seeds[row], self._untils[row]) for row in rows]
+        """What the engine is asked for these rows: one request each, or one for each window of a text to score."""
+        return [
+            Request(number * len(self._facts) + row, ids, self._seeds[row], self._untils[row])
+            for row in rows
+            for number, ids in enumerate(self._asked(row))
+        ]
+
+    def _asked(self, row: int) -> Sequence[Sequence[int]]:
+        prompt, fact = self._prompts[row] or (), self._facts[row]
+        if fact is None or not fact.scored:
+            return [prompt]
+        return windows(prompt, fact.scored, self._config.max_model_len)
 
     def answer(self, result: Result, *, replica: str, attempts: int) -> None:
-        """Keep the engine's answer to one row."""
-        row = result.key
+        """Keep the engine's answer to a request of ``requests``."""
+        number, row = divmod(result.key, len(self._facts))
+        if self._scores:
+            samples = self._score(result, row, number, replica=replica, attempts=attempts)
+        else:
+            samples = to_samples(result, self.unit.start + row, replica=replica, attempts=attempts)
+        if not samples:
+            return
         self._prompts[row] = None
-        self._samples[row] = to_samples(result, self.unit.start + row, replica=replica, attempts=attempts)
+        self._samples[row] = samples
         self._count(row)
         for twin in self._twins.pop(row, ()):
             self._copy(row, twin)
+
+    def _score(self, result: Result, row: int, number: int, *, replica: str, attempts: int) -> list[Sample]:
+        """A row's sample once all of its windows are answered, until then nothing."""
+        fact = self._facts[row]
+        assert fact is not None
+        sizes = window_sizes(fact.prompt_tokens, fact.scored, self._config.max_model_len)
+        part = scored_sample(result, self.unit.start + row, sizes[number], replica=replica, attempts=attempts)
+        return self._windows.add(number, part, len(sizes))
 
     def _count(self, row: int) -> None:
         live, samples, fact = self.live, self._samples[row], self._facts[row]
@@ -243,8 +281,14 @@ class UnitWork:
         _count_engine(live, samples)
         live.prompt_tokens += (fact.prompt_tokens if fact else 0) * len(samples)
         live.truncated += bool(fact and fact.truncated) * len(samples)
+        live.samples += len(samples)
+        live.scored_tokens += sum(sample.scored for sample in samples)
+        if not self._scores:
+            self._count_infills(samples)
+
+    def _count_infills(self, samples: list[Sample]) -> None:
+        live = self.live
         for sample in samples:
-            live.samples += 1
             live.completion_tokens += len(sample.token_ids)
             live.empty += not sample.token_ids
             ended = sample.stop_token_id is not None or len(sample.token_ids) == self._spec.max_tokens
@@ -323,9 +367,7 @@ class UnitWork:
             raise self._changed("when its prompts were made")
 
     def _table(self, batch: pa.RecordBatch, first: int, tally: Tally) -> pa.Table:
-        spec = self._spec
-        prefixes, suffixes = (role_values(spec, batch, role) for role in ("prefix", "suffix"))
-        rows, samples, facts, pairs = list[int](), list[Sample](), list[PromptFacts](), list[Any]()
+        rows, samples, facts = list[int](), list[Sample](), list[PromptFacts]()
         sources = origins(batch, self._file, self.unit.start + first)
         for row in range(batch.num_rows):
             fact, found = self._facts[first + row], self._samples.get(first + row)
@@ -335,9 +377,26 @@ class UnitWork:
             rows += [row] * len(found)
             samples += found
             facts += [fact] * len(found)
-            pairs += [(prefixes[row], suffixes[row])] * len(found)
-        added = output_columns(spec, self._format, facts, pairs, samples, [sources[row] for row in rows], tally)
+        added = self._added(batch, rows, facts, samples, [sources[row] for row in rows], tally)
         return pa.table(passed_through(batch, self._config.kept, rows) | added)
+
+    def _added(
+        self,
+        batch: pa.RecordBatch,
+        rows: list[int],
+        facts: list[PromptFacts],
+        samples: list[Sample],
+        sources: list[tuple[str, int]],
+        tally: Tally,
+    ) -> dict[str, Any]:
+        """The columns that the job adds at ``rows`` of a batch, which are named once for each sample."""
+        spec = self._spec
+        if self._scores:
+            texts = role_values(spec, batch, spec.required_roles[-1])
+            return score_columns(spec, facts, samples, [texts[row] for row in rows], sources, tally)
+        prefixes, suffixes = (role_values(spec, batch, role) for role in ("prefix", "suffix"))
+        pairs = [(prefixes[row], suffixes[row]) for row in rows]
+        return output_columns(spec, self._format, facts, pairs, samples, sources, tally)
 
     def _error_table(self, batch: pa.RecordBatch, first: int, tally: Tally) -> pa.Table:
         rows, samples = list[int](), list[Sample]()
@@ -355,6 +414,7 @@ class UnitWork:
 
 
 def _count_engine(tally: Tally, samples: list[Sample]) -> None:
-    """What a row's samples say of the engine that made them."""
+    """What a row's samples say of the engine that made them, if one was asked."""
     tally.cached_tokens += samples[0].cached_tokens
-    count(tally.replicas, samples[0].replica)
+    if samples[0].replica:
+        count(tally.replicas, samples[0].replica)

@@ -13,7 +13,7 @@ from jobs.ledger import Ledger, Report, lists_errors, read_job, read_manifest
 from jobs.plan import InputFile, Unit
 from jobs.reader import ORIGIN_FILE, ORIGIN_ROW, InputSet, UnitReader, origins
 from jobs.recheck import sha256
-from jobs.spec import ROLES, JobSpec
+from jobs.spec import JobSpec
 from jobs.store import Location, exists, locate, patient
 from serving.errors import DamagedStateError, InputError, SpanfillError
 
@@ -83,9 +83,10 @@ class _Check:
         self._then, self._inputs = then, now
         self._now = {file.name: file for file in now.files} if now else {}
         present = now.schema.names if now else []
-        self._roles = [spec.column(role) for role in ROLES if spec.column(role) in present]
+        self._roles = [spec.column(role) for role in spec.roles if spec.column(role) in present]
         kept = present if spec.keep_columns is None else spec.keep_columns
-        named = [n for n in (spec.column("id"), spec.column("prefix")) if n in kept and n in present]
+        keys = map(spec.column, ("id", *reversed(spec.required_roles)))
+        named = [name for name in keys if name in kept and name in present]
         self._key = named[0] if named else None
 
     def unit(self, unit: Unit) -> None:
@@ -104,8 +105,8 @@ class _Check:
             yield f"{part.name} has no readable report"
             return
         yield from self._changed(report)
-        columns = ["sample", *([self._key] if self._key else [])]
-        table = _read(part, columns)
+        sampled = self._spec.task == "infill"
+        table = _read(part, ["sample" if sampled else "tokens", *([self._key] if self._key else [])])
         failed = self._failed(unit.index, report)
         self._verdict.rows += table.num_rows
         self._verdict.errors += len(failed) if lists_errors(report) else 0
@@ -121,7 +122,7 @@ class _Check:
         samples = list(range(self._spec.n)) * len(expected)
         if table.num_rows != len(samples):
             yield f"{part.name} holds {table.num_rows} rows, not {len(samples)}"
-        elif table.column("sample").to_pylist() != samples:
+        elif sampled and table.column("sample").to_pylist() != samples:
             yield f"{part.name}: its samples are out of order"
         elif self._key and _values(table, self._key) != [keys[row] for row in expected for _ in range(self._spec.n)]:
             yield f"{part.name}: column {self._key} is not that of input rows {unit.start} to {unit.stop}, in order"

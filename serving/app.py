@@ -1,19 +1,35 @@
 """Assembly: one configuration -> one Ray Serve application of replicas. The only place that puts it together."""
 
+import importlib
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from serving.config import EngineConfig, EngineKind, Frozen, ReplicaConfig
-from serving.engine import check_engine_args, is_gpu_build
+from serving.engine_args import check_engine_args, is_gpu_build
+from serving.errors import ConfigError
 from serving.models import resolve_model
 from serving.replica import Replica
 from serving.router import LaneRouter
+from serving.weights import resolve_revision
+
+APP = "spanfill"
+"""The name of the application that ``deploy/serve.yaml`` and ``spanfill serve`` run."""
 
 DEPLOYMENT = "Replica"
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+GPU_ROWS_BESIDE, CPU_ROWS_BESIDE = 4, 1
+"""Batch rows that go on in an engine while it serves people, unless told otherwise: on a CPU each slows every step."""
+
+GATEWAY_CORES = 0.0
+"""What a gateway asks of Ray: nothing, since without GPUs the replicas are given all cores of their node."""
+
+GATEWAY_REQUESTS = 2_000
+"""At once in a gateway; as many more wait before it, and beyond Serve answers 503."""
+
 HEALTH_CHECK_PERIOD_S = 1.0
 """Serve starts a replica again after three failed checks in a row."""
 
@@ -23,7 +39,12 @@ SIMULATED_CORES = 0.001
 
 
 class AppConfig(Frozen):
-    """What ``serve.yaml`` may say; ``model`` is a known name, a folder or a hub id."""
+    """What ``serve.yaml`` may say; ``model`` is a known name, a folder or a hub id.
+
+    ``gateways`` answer HTTP (0: the replicas are for jobs alone) with the API's own routes and those that ``routes``
+    name as ``module:function``, each with its settings. With ``open_until_tenants`` no key is asked for before there is
+    a tenant: only for a server that listens on loopback.
+    """
 
     model: str
     revision: str | None = None
@@ -34,6 +55,9 @@ class AppConfig(Frozen):
     tensor_parallel_size: int = Field(1, ge=1)
     engine_args: dict[str, Any] = Field(default_factory=dict)
     replicas: ReplicaConfig = ReplicaConfig()
+    gateways: int = Field(0, ge=0)
+    open_until_tenants: bool = False
+    routes: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
 
     def engine_config(self) -> EngineConfig:
         """The engine that every replica runs; raises ``ModelError`` or ``ConfigError``."""
@@ -50,7 +74,7 @@ class AppConfig(Frozen):
 
 
 def build(engine: EngineConfig, replica: ReplicaConfig) -> Application:
-    """The application: ``replica.replicas`` replicas of one engine, each with cores or GPUs of its own.
+    """The replicas: ``replica.replicas`` of one engine, each with cores or GPUs of its own.
 
     A replica's resources are one placement-group bundle, so that the ranks of a tensor-parallel engine share a node.
     """
@@ -71,9 +95,48 @@ def build(engine: EngineConfig, replica: ReplicaConfig) -> Application:
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=2,
         request_router_config=RequestRouterConfig(request_router_class=LaneRouter),
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
+        logging_config=QUIET,
     )
     return deployment.bind(engine, replica)
+
+
+def with_gateways(replicas: Application, config: AppConfig, replica: ReplicaConfig, *, app: str) -> Application:
+    """The application ``app``, which answers HTTP with its replicas; raises ``ConfigError``, ``ModelError``."""
+    from serving.api.gateway import Gateway, GatewayConfig, served
+
+    model = resolve_model(config.model, format=config.format, revision=config.revision)
+    engine = config.engine_config()
+    told = GatewayConfig(
+        app=app,
+        model=config.model,
+        tokenizer=config.model,
+        format=model.format,
+        replicas=replica.replicas,
+        open_until_tenants=config.open_until_tenants,
+    )
+    for name in config.routes:
+        function_of(name)
+    deployment = serve.deployment(
+        serve.ingress()(Gateway),
+        name="Gateway",
+        num_replicas=config.gateways,
+        ray_actor_options={"num_cpus": GATEWAY_CORES},
+        max_ongoing_requests=GATEWAY_REQUESTS,
+        max_queued_requests=GATEWAY_REQUESTS,
+        graceful_shutdown_timeout_s=replica.drain_seconds,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        logging_config=QUIET,
+    )
+    return deployment.bind(replicas, told, served(model, config.model, engine.max_model_len), config)
+
+
+def function_of(name: str) -> Any:
+    """The function that ``module:function`` names; raises ``ConfigError``."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"routes: {name} is not there: {error}.", remedy="Write module:function.") from None
 
 
 def _cores(engine: EngineConfig, replica: ReplicaConfig) -> float:
@@ -84,12 +147,36 @@ def _cores(engine: EngineConfig, replica: ReplicaConfig) -> float:
 
 def build_app(args: dict[str, Any]) -> Application:
     """For ``serve run deploy/serve.yaml``: validate the file's arguments and build; raises ``ConfigError``."""
+    return assemble(AppConfig.parse(args, where="serve.yaml args"), app=APP)
+
+
+def pinned(config: AppConfig) -> AppConfig:
+    """The same with the commit that a hub's revision stands for now: jobs ask for that, and join by it."""
+    if config.engine != "vllm":
+        return config
+    model = resolve_model(config.model, format=config.format, revision=config.revision)
+    return config.model_copy(update={"revision": resolve_revision(model)})
+
+
+def assemble(config: AppConfig, *, app: str) -> Application:
+    """The replicas, behind gateways if there are to be some, placed on the nodes that are alive now.
+
+    Raises ``ConfigError``, for several gateways on several nodes with an embedded database too, and ``ModelError``.
+    """
     import ray
 
-    config = AppConfig.parse(args, where="serve.yaml args")
-    replica = config.replicas
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return build(config.engine_config(), place(replica, nodes))
+    from serving.tenants.database import refuse_embedded
+
+    config = pinned(config)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if config.gateways > 1:
+        refuse_embedded(None, [node["NodeManagerHostname"] for node in nodes])
+    replica = place(config.replicas, [node["Resources"] for node in nodes])
+    if config.gateways and replica.rows_beside is None:
+        on_cpu = config.engine == "vllm" and not replica.use_gpu
+        replica = replica.model_copy(update={"rows_beside": CPU_ROWS_BESIDE if on_cpu else GPU_ROWS_BESIDE})
+    replicas = build(config.engine_config(), replica)
+    return with_gateways(replicas, config, replica, app=app) if config.gateways else replicas
 
 
 def place(replica: ReplicaConfig, nodes: list[dict[str, float]]) -> ReplicaConfig:

@@ -96,10 +96,14 @@ class EngineConfig(Frozen):
 
 
 class ReplicaConfig(Frozen):
-    """How many engines run and what each gets: ``cores`` of a CPU (0: decided where it starts), or GPUs."""
+    """How many engines run and what each gets: ``cores`` of a CPU (0: decided where it starts), or GPUs.
+
+    ``rows_beside`` batch rows go on in an engine while it serves people; None: it serves jobs alone.
+    """
 
     replicas: int = Field(1, ge=1)
     cores: int = Field(0, ge=0)
     use_gpu: bool = False
     max_ongoing_requests: int = Field(1024, ge=1)
     drain_seconds: float = Field(30.0, ge=0)
+    rows_beside: int | None = Field(None, ge=0)

@@ -1,163 +1,51 @@
 """vLLM behind ``generate``: token ids in, token ids out. The only module that imports vllm."""
 
-import ast
 import asyncio
-import difflib
 import gc
-import importlib.metadata
-import importlib.util
 import itertools
 import os
-from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from serving.config import EngineConfig
 from serving.cores import available_cores
+from serving.engine_args import check_engine_args, installed_version, vllm_arguments, yield_to_people
 from serving.errors import ConfigError, EngineDeadError, EngineError
-from serving.occupancy import Occupancy
-from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
+from serving.merging import merged
+from serving.outputs import alternatives_of, completion_of, growth_of, is_enough, logprobs_of
+from serving.protocol import (
+    BATCH_PRIORITY,
+    EngineInfo,
+    EngineStats,
+    Growth,
+    Request,
+    Result,
+    Sampling,
+)
+from serving.readings import Readings
 from serving.stopping import StopWatch
 from serving.watching import clip, stop_watches
-
-OWN_ARGUMENTS = {
-    "model": "--model",
-    "revision": "--revision",
-    "dtype": "--dtype",
-    "tensor_parallel_size": "--tensor-parallel-size",
-    "tokenizer": "--format",
-    "skip_tokenizer_init": "nothing: token ids cross the engine, never text",
-    "scheduling_policy": "nothing: interactive requests come before batch rows",
-}
-"""Engine arguments that spanfill sets itself, with what sets them."""
-
-SPEED_ARGUMENTS = frozenset(
-    [
-        "async_scheduling",
-        "block_size",
-        "compilation_config",
-        "cpu_offload_gb",
-        "disable_log_stats",
-        "distributed_executor_backend",
-        "download_dir",
-        "enable_chunked_prefill",
-        "enable_prefix_caching",
-        "enforce_eager",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "long_prefill_token_threshold",
-        "max_num_batched_tokens",
-        "max_num_seqs",
-        "max_parallel_loading_workers",
-        "num_gpu_blocks_override",
-        "pipeline_parallel_size",
-        "stream_interval",
-        "use_tqdm_on_load",
-    ]
-)
-"""Engine arguments of speed and memory: a job may go on with others. All others can change what is computed."""
-
-CPU_DEFAULTS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 2 << 30, "max_num_seqs": 64}
-"""Without compilation an engine starts in a third of the time; without a size vLLM would take most of the memory."""
-
-CPU_BATCHED_TOKENS = 4_096
-
-
-PLAIN_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "str": (str,),
-    "None": (type(None),),
-}
-"""What an annotation of vLLM's takes, where that can be told without vLLM."""
-
-
-@cache
-def engine_arguments() -> dict[str, list[str]]:
-    """vLLM's engine arguments by name, with the members of their annotations (``int | None``: both).
-
-    They are read from its source: importing it would take seconds and 700 MB.
-    """
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or not spec.submodule_search_locations:
-        return {}
-    source = Path(spec.submodule_search_locations[0], "engine", "arg_utils.py").read_text(encoding="utf-8")
-    classes = [
-        n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name in ("EngineArgs", "AsyncEngineArgs")
-    ]
-    fields = (f for c in classes for f in c.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name))
-    return {f.target.id: _members(f.annotation) for f in fields if isinstance(f.target, ast.Name)}
-
-
-def _members(annotation: ast.expr) -> list[str]:
-    if isinstance(annotation, ast.BinOp):
-        return _members(annotation.left) + _members(annotation.right)
-    return [ast.unparse(annotation)]
-
-
-def check_engine_args(arguments: Mapping[str, Any]) -> None:
-    """Refuse engine arguments that vLLM does not know or that spanfill sets itself, and values of the wrong type.
-
-    Raises ``ConfigError``.
-    """
-    known = engine_arguments()
-    for name, value in arguments.items():
-        if name in OWN_ARGUMENTS:
-            raise ConfigError(
-                f"engine argument {name} cannot be set here.", remedy=f"It is set by {OWN_ARGUMENTS[name]}."
-            )
-        if known and name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            hint = f"Did you mean {', '.join(close)}?" if close else "See vLLM's engine arguments."
-            raise ConfigError(f"engine argument {name} is unknown to vLLM {installed_version('vllm')}.", remedy=hint)
-        kinds = known.get(name, [])
-        if not _fits(value, kinds):
-            wanted = " or ".join(kinds)
-            raise ConfigError(
-                f"engine argument {name} = {value!r} is {type(value).__name__}, not {wanted}.",
-                remedy="Write numbers plainly, true or false for bool, null for None.",
-            )
-
-
-def _fits(value: Any, kinds: Sequence[str]) -> bool:
-    """Whether a value is of one of the types; True where one of them is not plain, since only vLLM can tell then."""
-    if not kinds or any(kind not in PLAIN_TYPES for kind in kinds):
-        return True
-    return any(type(value) in PLAIN_TYPES[kind] for kind in kinds)
-
-
-def installed_version(package: str) -> str:
-    """The version of an installed package, of its CPU build too, or an empty string."""
-    for name in (package, f"{package}-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
-def is_gpu_build() -> bool:
-    """Whether the installed vLLM is the one for GPUs; its CPU build is a package of another name."""
-    return any(True for _ in importlib.metadata.Distribution.discover(name="vllm"))
 
 
 class VllmEngine:
     """One AsyncLLM. Make it with ``VllmEngine.start``; it belongs to the event loop that made it."""
 
-    def __init__(self, llm: Any, info: EngineInfo, counters: "_Counters") -> None:
+    def __init__(self, llm: Any, info: EngineInfo, readings: Readings) -> None:
         self._llm = llm
         self._info = info
-        self._counters = counters
+        self._readings = readings
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._ids = itertools.count()
 
     @classmethod
-    async def start(cls, config: EngineConfig, *, cores: tuple[int, ...] = ()) -> "VllmEngine":
+    async def start(
+        cls, config: EngineConfig, *, cores: tuple[int, ...] = (), beside: int | None = None
+    ) -> "VllmEngine":
         """Load the model; takes tens of seconds.
 
-        ``cores`` are bound to the engine on a CPU (all that the process may use when empty). Raises ``ConfigError`` for
+        ``cores`` are bound to the engine on a CPU (all that the process may use when empty). Where ``beside`` is not
+        None, so many batch rows go on while people are served (``serving.scheduler``). Raises ``ConfigError`` for
         engine arguments that vLLM refuses and ``EngineError`` when it does not start.
         """
         check_engine_args(config.engine_args)
@@ -171,15 +59,16 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         try:
-            arguments = AsyncEngineArgs(**_engine_args(config, on_cpu=on_cpu))
-            vllm_config = arguments.create_engine_config()
+            vllm_config = AsyncEngineArgs(**vllm_arguments(config, on_cpu=on_cpu)).create_engine_config()
         except (ValueError, TypeError) as error:
             raise ConfigError(
                 f"vLLM refuses its configuration: {error}", remedy="Change the engine arguments."
             ) from error
-        counters = _Counters()
+        if beside is not None:
+            yield_to_people(vllm_config, beside)
+        readings = Readings()
         try:
-            llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[counters.logger])
+            llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[readings.logger])
         except (RuntimeError, ValueError, OSError) as error:
             raise EngineError(f"vLLM did not start: {error}", remedy="Its own messages above say why.") from error
         cache_config = vllm_config.cache_config
@@ -195,7 +84,7 @@ class VllmEngine:
             cores=bound if on_cpu else (),
             versions={name: installed_version(name) for name in ("vllm", "torch", "ray", "spanfill")},
         )
-        engine = cls(llm, info, counters)
+        engine = cls(llm, info, readings)
         del llm  # An import's traceback may keep this frame, and the finaliser must not wait for it: see shutdown.
         return engine
 
@@ -208,37 +97,61 @@ class VllmEngine:
         self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
     ) -> Result:
         """Answer one request, its samples side by side; what vLLM refuses comes back as the result's error."""
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
-        from vllm.v1.engine.exceptions import EngineGenerateError
-
-        token_ids = list(request.token_ids)
-        # Without a tokenizer vLLM checks no ids, and one beyond the embedding kills the engine.
-        if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
-            message = f"the prompt is empty or holds a token id outside 0 to {self._vocab_size - 1}"
-            return Result(request.key, error_code="bad_token_ids", error_message=message)
+        if refused := self._refused(request):
+            return refused
         watches = await stop_watches(request, sampling)
+        token_ids = list(request.token_ids)
         try:
-            outputs = await asyncio.gather(
-                *(
-                    self._sample(token_ids, sampling, seed, watch, priority, cache_salt)
-                    for seed, watch in zip(request.seeds, watches, strict=True)
+            with _translated(self._llm):
+                outputs = await asyncio.gather(
+                    *(
+                        self._sample(token_ids, sampling, seed, watch, priority, cache_salt)
+                        for seed, watch in zip(request.seeds, watches, strict=True)
+                    )
                 )
-            )
-        except VllmDeadError as error:
-            raise EngineDeadError(f"the vLLM engine died: {error}", remedy="Its replica is started again.") from error
-        except (VLLMClientError, EngineGenerateError, ValueError) as error:
-            if self._llm.errored:
-                raise EngineDeadError(
-                    f"the vLLM engine died: {error}", remedy="Its replica is started again."
-                ) from error
-            return Result(request.key, error_code="engine_error", error_message=str(error.__cause__ or error))
+        except EngineDeadError:
+            raise
+        except EngineError as error:
+            return Result(request.key, error_code=error.code, error_message=error.message)
+        prompt = outputs[0] if sampling.prompt_logprobs else None
         return Result(
             request.key,
-            tuple(clip(_completion(output), watch) for output, watch in zip(outputs, watches, strict=True)),
+            tuple(clip(completion_of(o, sampling), watch) for o, watch in zip(outputs, watches, strict=True)),
             sum(output.num_cached_tokens or 0 for output in outputs),
-            _prompt_logprobs(outputs[0]) if sampling.prompt_logprobs else None,
+            logprobs_of(prompt.prompt_logprobs[1:], prompt.prompt_token_ids[1:]) if prompt else None,
+            alternatives_of(prompt.prompt_logprobs[1:], sampling) if prompt else None,
         )
+
+    async def stream(
+        self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
+    ) -> AsyncGenerator[Growth, None]:
+        """As ``generate``, a step at a time, without the prompt's logprobs. Closing it aborts what is left."""
+        if refused := self._refused(request):
+            yield _failed(refused.key, str(refused.error_code), str(refused.error_message))
+            return
+        watches = await stop_watches(request, sampling)
+        token_ids = list(request.token_ids)
+        samples = [
+            self._grow(request.key, sample, token_ids, sampling, seed, watch, priority, cache_salt)
+            for sample, (seed, watch) in enumerate(zip(request.seeds, watches, strict=True))
+        ]
+        try:
+            with _translated(self._llm):
+                async with aclosing(merged(samples)) as growths:
+                    async for growth in growths:
+                        yield growth
+        except EngineDeadError:
+            raise
+        except EngineError as error:
+            yield _failed(request.key, error.code, error.message)
+
+    def _refused(self, request: Request) -> Result | None:
+        # Without a tokenizer vLLM checks no ids, and one beyond the embedding kills the engine.
+        ids = request.token_ids
+        if ids and 0 <= min(ids) <= max(ids) < self._vocab_size:
+            return None
+        message = f"the prompt is empty or holds a token id outside 0 to {self._vocab_size - 1}"
+        return Result(request.key, error_code="bad_token_ids", error_message=message)
 
     async def _sample(
         self,
@@ -250,25 +163,49 @@ class VllmEngine:
         cache_salt: str | None,
     ) -> Any:
         """The last output of one sample; what is left of it is aborted once its watch needs no more."""
+        final = None
+        params = sampling_params(sampling, seed, kind="FINAL_ONLY" if watch is None else "CUMULATIVE")
+        async with aclosing(self._outputs(token_ids, params, priority, cache_salt)) as outputs:
+            async for output in outputs:
+                final = output
+                if watch is not None and is_enough(output, watch):
+                    break
+        return final
+
+    async def _grow(
+        self,
+        key: int,
+        sample: int,
+        token_ids: list[int],
+        sampling: Sampling,
+        seed: int,
+        watch: StopWatch | None,
+        priority: int,
+        cache_salt: str | None,
+    ) -> AsyncGenerator[Growth, None]:
+        """One sample, a step at a time."""
+        params = sampling_params(sampling, seed, kind="DELTA")
+        async with aclosing(self._outputs(token_ids, params, priority, cache_salt)) as outputs:
+            async for output in outputs:
+                growth = growth_of(key, sample, output, sampling, watch)
+                yield growth
+                if growth.finish_reason:
+                    break
+
+    async def _outputs(
+        self, token_ids: list[int], params: Any, priority: int, cache_salt: str | None
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs of one sample; closing it early aborts the request."""
         from vllm.inputs import tokens_input
 
-        outputs = self._llm.generate(
-            tokens_input(token_ids, cache_salt=cache_salt),
-            _sampling_params(sampling, seed, watched=watch is not None),
-            str(next(self._ids)),
-            priority=priority,
-        )
-        final = None
-        async for output in outputs:
-            final = output
-            if watch is not None and _is_enough(output, watch):
-                await outputs.aclose()  # Which aborts the request.
-                break
-        return final
+        prompt = tokens_input(token_ids, cache_salt=cache_salt)
+        async with aclosing(self._llm.generate(prompt, params, str(next(self._ids)), priority=priority)) as outputs:
+            async for output in outputs:
+                yield output
 
     def stats(self) -> EngineStats:
         """The reading after the latest engine step."""
-        return self._counters.stats
+        return self._readings.stats
 
     async def check_health(self) -> None:
         """Raise ``EngineDeadError`` if vLLM's engine core is gone."""
@@ -293,108 +230,47 @@ def _core_binding(cores: tuple[int, ...], ranks: int) -> str:
     return "|".join(",".join(map(str, group)) for group in groups)
 
 
-def _engine_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
-    # vLLM 0.32's CPU build dies when the prompt of a seeded, sampled request is prefilled in chunks: its model runner
-    # then takes a token back from a torch.Generator, which on a CPU has no offset.
-    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, config.max_model_len)}
-    return {
-        **(CPU_DEFAULTS | whole if on_cpu else {}),
-        "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else None,
-        "enable_prefix_caching": True,
-        "enable_log_requests": False,
-        "generation_config": "vllm",
-        **config.engine_args,
-        "model": config.model,
-        "revision": config.revision,
-        "dtype": config.dtype,
-        "max_model_len": config.max_model_len,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "skip_tokenizer_init": True,
-        "scheduling_policy": "priority",
-    }
-
-
-def _is_enough(output: Any, watch: StopWatch) -> bool:
-    """Show a watch the tokens that it has not seen; a stop token is none of the completion's."""
-    sample = output.outputs[0]
-    stop = len(sample.token_ids) - (sample.finish_reason == "stop")
-    return watch.add(sample.token_ids[watch.seen : stop]) is not None
-
-
-def _sampling_params(sampling: Sampling, seed: int, *, watched: bool) -> Any:
+def sampling_params(sampling: Sampling, seed: int, *, kind: str) -> Any:
+    """vLLM's parameters of one sample; ``kind`` names how its outputs come (``RequestOutputKind``)."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias) or None,
         seed=seed,
         stop_token_ids=list(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
-        logprobs=0 if sampling.logprobs else None,
-        prompt_logprobs=0 if sampling.prompt_logprobs else None,
+        logprobs=sampling.alternatives if sampling.logprobs else None,
+        prompt_logprobs=sampling.alternatives if sampling.prompt_logprobs else None,
         detokenize=False,
-        output_kind=RequestOutputKind.CUMULATIVE if watched else RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind[kind],
         skip_clone=True,
     )
 
 
-def _completion(output: Any) -> Completion:
-    sample = output.outputs[0]
-    token_ids = list(sample.token_ids)
-    logprobs = (
-        [step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)]
-        if sample.logprobs
-        else None
-    )
-    if sample.finish_reason != "stop":
-        return Completion(token_ids, "length", None, logprobs)
-    return Completion(token_ids[:-1], "stop", token_ids[-1], logprobs)
+@contextmanager
+def _translated(llm: Any) -> Iterator[None]:
+    """Raise what vLLM raises as ``EngineDeadError`` where the engine is gone, else as ``EngineError``."""
+    from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    try:
+        yield
+    except (VllmDeadError, VLLMClientError, EngineGenerateError, ValueError) as error:
+        if llm.errored or isinstance(error, VllmDeadError):
+            raise EngineDeadError(f"the vLLM engine died: {error}", remedy="Its replica is started again.") from error
+        raise EngineError(str(error.__cause__ or error)) from error
 
 
-def _prompt_logprobs(output: Any) -> list[float]:
-    steps = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
-    return [step[token].logprob for step, token in steps]
-
-
-class _Counters:
-    """Adds up what vLLM reports after each engine step; one engine, so the latest gauge is the gauge."""
-
-    def __init__(self) -> None:
-        self.stats = EngineStats()
-        self._occupancy = Occupancy()
-
-    def logger(self, vllm_config: Any, engine_index: int = 0) -> Any:
-        from vllm.v1.metrics.loggers import StatLoggerBase
-
-        counters = self
-
-        class Logger(StatLoggerBase):  # type: ignore[misc]
-            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-                self.engine_index = engine_index
-
-            def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
-                counters.add(scheduler_stats, iteration_stats)
-
-            def log_engine_initialized(self) -> None:
-                """Nothing to say: the replica says it."""
-
-        return Logger(vllm_config, engine_index)
-
-    def add(self, scheduler: Any, iteration: Any) -> None:
-        before = self.stats
-        if scheduler:
-            self._occupancy.tell(scheduler.num_running_reqs)
-        self.stats = EngineStats(
-            running=scheduler.num_running_reqs if scheduler else before.running,
-            waiting=scheduler.num_waiting_reqs if scheduler else before.waiting,
-            kv_cache_usage=scheduler.kv_cache_usage if scheduler else before.kv_cache_usage,
-            prefix_cache_queries=before.prefix_cache_queries
-            + (scheduler.prefix_cache_stats.queries if scheduler else 0),
-            prefix_cache_hits=before.prefix_cache_hits + (scheduler.prefix_cache_stats.hits if scheduler else 0),
-            output_tokens=before.output_tokens + (iteration.num_generation_tokens if iteration else 0),
-            steps=before.steps + 1,
-            busy_seconds=self._occupancy.busy_seconds,
-            row_seconds=self._occupancy.row_seconds,
-        )
+def _failed(key: int, code: str, message: str) -> Growth:
+    return Growth(key, 0, [], finish_reason="error", error_code=code, error_message=message)

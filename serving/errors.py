@@ -85,10 +85,67 @@ class FormatError(ModelError):
     code = "no_infill"
 
 
+class NoInfillError(FormatError):
+    """A suffix for a model that has no control tokens for infilling."""
+
+
 class VersionError(UsageError):
     """Nodes of one cluster run different versions, or stored state is of a format that this version cannot read."""
 
     code = "version_mismatch"
+
+
+class AuthenticationError(SpanfillError):
+    """No key, or one that is unknown, revoked or expired."""
+
+    code = "invalid_api_key"
+    http_status = 401
+
+
+class ForbiddenError(SpanfillError):
+    """The key is valid and may not do this."""
+
+    code = "forbidden"
+    http_status = 403
+
+
+class NotFoundError(SpanfillError):
+    """There is nothing of that name, or it is another tenant's."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class ModelNotFoundError(NotFoundError):
+    """The model that a client names is not served here, or not for this tenant."""
+
+    code = "model_not_found"
+
+
+class LimitError(SpanfillError):
+    """A limit of the tenant or key is reached; ``retry_after`` seconds later there is room again."""
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+    retryable = True
+
+    def __init__(self, message: str, *, remedy: str = "", retry_after: float = 1.0) -> None:
+        super().__init__(message, remedy=remedy)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_limit, (type(self), self.message, self.remedy, self.retry_after)
+
+
+def _rebuild_limit(kind: type[LimitError], message: str, remedy: str, retry_after: float) -> LimitError:
+    return kind(message, remedy=remedy, retry_after=retry_after)
+
+
+class OverloadedError(LimitError):
+    """Too many requests wait, or one waited beyond its deadline."""
+
+    code = "overloaded"
+    http_status = 503
 
 
 class ResourceError(SpanfillError):
@@ -135,6 +192,14 @@ class StorageError(SpanfillError):
     """A part, segment or manifest could not be written (disk full, store unreachable); what was published stays."""
 
     code = "storage_failed"
+
+
+class DatabaseAwayError(StorageError):
+    """The database of tenants does not answer, or is locked for too long; the same may work a little later."""
+
+    code = "database_away"
+    http_status = 503
+    retryable = True
 
 
 class InputChangedError(SpanfillError):

@@ -34,6 +34,7 @@ QUIET_SECONDS = 30.0
 """A job whose rows have not grown for this long asks whether its engines run."""
 
 HOPELESS_SECONDS = 900.0
+UNREACHED = "Check the address, or unset it; where Ray asks for a token, set RAY_AUTH_MODE=token."
 
 EMBEDDED = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
@@ -71,7 +72,7 @@ def connected() -> Iterator[bool]:
         with _own_signal_handlers(), _defaults({} if address else EMBEDDED):
             ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **local)
     except OSError as error:
-        raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}.", remedy="Check the address, or unset it.") from error
+        raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}.", remedy=UNREACHED) from error
     except SystemExit as error:
         # Ray's own handler of SIGTERM is in place until ``ray.init`` has returned.
         ray.shutdown()
@@ -180,7 +181,7 @@ class Fleet:
         if deployment and deployment.replica_states.get("RUNNING", 0):
             self.vigil.down = None
             return
-        words = _last_words(deployment.message) if deployment else f"the application {self.name} is gone"
+        words = last_words(deployment.message) if deployment else f"the application {self.name} is gone"
         if self.vigil.down is None:
             self.vigil.down = now
             say(f"no engine is running, waiting for one: {words}")
@@ -268,7 +269,7 @@ def _wait_until_running(
             return
         if app and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise EngineError(
-                f"the engine did not start: {_last_words(deployment.message if deployment else app.message)}",
+                f"the engine did not start: {last_words(deployment.message if deployment else app.message)}",
                 remedy="The replica's log is in Ray's session folder, under logs/serve.",
             )
         if seen and app is None:
@@ -297,7 +298,7 @@ def _shortage(engine: EngineConfig, replica: ReplicaConfig) -> str:
     return f"{replica.replicas} replicas ask for {per} {kind} each; {free:g} of {total:g} {kind} are free{held}."
 
 
-def _last_words(message: str) -> str:
+def last_words(message: str) -> str:
     """The line of a replica's traceback that says what went wrong."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     told = [line for line in lines if "Error" in line.split(":")[0]]

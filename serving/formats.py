@@ -126,7 +126,8 @@ FORMATS: dict[str, FormatSpec] = {
 class Prompt:
     """A prompt ready for the engine, and how many characters of each text it really holds.
 
-    ``token_ids`` is a list from ``Format.prompt`` and a 32-bit array from ``prompt_batch``, which pickles faster.
+    ``token_ids`` is a list from ``Format.prompt`` and a 32-bit array from ``prompt_batch``, which pickles faster. The
+    last ``scored`` of them are no prompt but a text whose likelihood is asked for.
     """
 
     token_ids: Sequence[int]
@@ -134,6 +135,7 @@ class Prompt:
     truncated: bool
     prefix_chars: int
     suffix_chars: int
+    scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,11 @@ class Format:
         return [item.value for item in self.spec.layout if isinstance(item, Part)]
 
     @property
+    def end_token_id(self) -> int:
+        """The model's own end of an infill."""
+        return self.stop_token_ids[0]
+
+    @property
     def control_count(self) -> int:
         """Control tokens of an infill prompt."""
         return len(self._head) + len(self.spec.control_tokens)
@@ -288,6 +295,12 @@ class Format:
             prompts.append(self._build(prefix, suffix, before, after, room, prefix_align, suffix_share))
         return prompts
 
+    def completions(self, texts: Sequence[str]) -> "list[Ids | SpanfillError]":
+        """The ids of each text as a completion has them, behind a prompt; a text's ``InputError`` in its place."""
+        mark = MARKER if self.spec.sentencepiece else ""
+        encoded = self.tokenizer.encode_arrays([mark + text for text in texts])
+        return [ids if isinstance(ids, SpanfillError) else ids[len(self._marker) :] for ids in encoded]
+
     def _build(
         self,
         prefix: str,
@@ -312,7 +325,7 @@ class Format:
         if start == 0:
             return 0, len(text)
         for place in range(start, len(ids)):
-            kept = self._text(ids[place:])
+            kept = self.decode(ids[place:])
             if text.endswith(kept):
                 return place, len(kept)
         return len(ids), 0
@@ -322,7 +335,7 @@ class Format:
         if stop == len(ids):
             return stop, len(text)
         for place in range(stop, 0, -1):
-            kept = self._text(ids[:place])
+            kept = self.decode(ids[:place])
             if text.startswith(kept):
                 return place, len(kept)
         return 0, 0
@@ -338,7 +351,8 @@ class Format:
                 ids += before if item is P else after
         return ids
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a completion's ids, control tokens left out; broken UTF-8 becomes U+FFFD."""
         if not self._marker:
             return self.tokenizer.decode(ids)
         return self.tokenizer.decode([*self._marker, *ids]).removeprefix(MARKER)
@@ -349,9 +363,9 @@ class Format:
             return "length"
         return "eom" if stop_token_id == self._end else "eos"
 
-    def watch(self, stop: Sequence[str], until: str | None = None) -> StopWatch:
-        """What tells, a token at a time, from where on ``infill`` would cut everything."""
-        return StopWatch(self._text, self.tokenizer.special_ids, stop, until)
+    def watch(self, stop: Sequence[str], until: str | None = None, *, through: bool = False) -> StopWatch:
+        """What tells, a token at a time, from where on ``infill`` would cut everything; ``through`` control tokens."""
+        return StopWatch(self.decode, () if through else self.tokenizer.special_ids, stop, until)
 
     def infill(
         self,
@@ -369,7 +383,7 @@ class Format:
         at = None
         if not special.isdisjoint(token_ids):  # Few completions hold one, and a look at each token costs.
             at = next(i for i, token_id in enumerate(token_ids) if token_id in special)
-        text = self._text(token_ids if at is None else token_ids[:at])
+        text = self.decode(token_ids if at is None else token_ids[:at])
         reason = self.finish_reason(stop_token_id if at is None else token_ids[at])
         cut = find_cut(text, stop, until)
         return Infill(text[: cut.at], cut.reason) if cut else Infill(text, reason)

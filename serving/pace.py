@@ -1,7 +1,8 @@
 """How long a replica waits for its engine before it holds it for hung: measured, not a constant."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 UNMEASURED_SECONDS = 600.0
@@ -34,6 +35,25 @@ class Pace:
         if self._mean is None:
             return None
         return max(LEAST_SECONDS, FACTOR * (self._mean + 4 * self._deviation))
+
+
+class Stall:
+    """Tells when an engine, whose ``steps`` are given, has made none for longer than it is given patience for."""
+
+    def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._steps, self._since = steps, clock()
+
+    def left(self, patience: float) -> float:
+        """Seconds until it is worth asking again."""
+        return max(0.0, self._since + patience - self._clock())
+
+    def is_over(self, steps: int, patience: float) -> bool:
+        """Whether the engine has stood still for that long."""
+        if self.left(patience):
+            return False
+        before, self._steps, self._since = self._steps, steps, self._clock()
+        return steps == before
 
 
 class Gate:

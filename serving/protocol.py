@@ -4,9 +4,9 @@ Token ids cross, text never does. Everything here is a frozen dataclass with slo
 itself how it is pickled: what dataclasses do for that is written in Python, and takes three times as long.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 BATCH_PRIORITY = 100
 """vLLM scheduling priority of batch rows; lower runs first."""
@@ -20,7 +20,9 @@ class Sampling:
     """How to decode, shared by every request of a micro-batch.
 
     ``stop`` strings end a completion by its text, as ``Request.until`` does; ``format`` and ``tokenizer`` are the names
-    with which ``load_format`` finds what reads its tokens, needed only then.
+    with which ``load_format`` finds what reads its tokens, needed only then. ``alternatives`` is how many likely
+    tokens are told beside each of the completion's and the prompt's, where their logprobs are. Penalties, ``top_k``,
+    ``min_p``, ``min_tokens`` and ``logit_bias`` are vLLM's ``SamplingParams``'.
     """
 
     max_tokens: int
@@ -33,6 +35,14 @@ class Sampling:
     stop: tuple[str, ...] = ()
     format: str = ""
     tokenizer: str = ""
+    alternatives: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +68,7 @@ class MicroBatch:
 
     ``patience`` is what the caller's measured pace allows an engine to stand still, in seconds: it counts where the
     replica has measured nothing of its own yet, as after a restart. ``lane`` says which of the replicas is meant.
+    ``weight`` is the share of the tenant, which ``cache_salt`` stands for, beside other tenants' batch rows.
     """
 
     requests: tuple[Request, ...]
@@ -67,6 +78,11 @@ class MicroBatch:
     alone: bool = False
     patience: float | None = None
     lane: int | None = None
+    weight: float = 1.0
+
+
+Alternatives: TypeAlias = tuple[tuple[int, float], ...]
+"""Token ids that were likely at one place with their natural logarithms, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +96,10 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     stop_token_id: int | None = None
     logprobs: list[float] | None = None
+    alternatives: list[Alternatives] | None = None
 
     def __reduce__(self) -> tuple[type["Completion"], tuple[Any, ...]]:
-        return Completion, (self.token_ids, self.finish_reason, self.stop_token_id, self.logprobs)
+        return Completion, (self.token_ids, self.finish_reason, self.stop_token_id, self.logprobs, self.alternatives)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +107,19 @@ class Result:
     """The answer to one request: its completions in the order of the seeds, or an error in the engine's words.
 
     ``cached_tokens`` counts prompt tokens found in the prefix cache, summed over the samples. ``prompt_logprobs`` holds
-    one natural logarithm a prompt token from the second on.
+    one natural logarithm a prompt token from the second on, ``prompt_alternatives`` what else was likely there.
     """
 
     key: int
     completions: tuple[Completion, ...] = ()
     cached_tokens: int = 0
     prompt_logprobs: list[float] | None = None
+    prompt_alternatives: list[Alternatives] | None = None
     error_code: str | None = None
     error_message: str | None = None
 
     def __reduce__(self) -> tuple[type["Result"], tuple[Any, ...]]:
-        told = (self.key, self.completions, self.cached_tokens, self.prompt_logprobs)
+        told = (self.key, self.completions, self.cached_tokens, self.prompt_logprobs, self.prompt_alternatives)
         return Result, (*told, self.error_code, self.error_message)
 
 
@@ -112,6 +130,31 @@ class MicroBatchResult:
     replica: str
     results: tuple[Result, ...]
     waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What a sample of a request grew by; ids and logprobs are as in ``Completion``, together they are one.
+
+    ``key`` is the request's and ``sample`` counts its seeds. The last one of a sample has a ``finish_reason`` and tells
+    the ``cached_tokens``, as those before it may. A request that the engine refuses has one alone, with the error in
+    the engine's words.
+    """
+
+    key: int
+    sample: int
+    token_ids: list[int]
+    logprobs: list[float] | None = None
+    alternatives: list[Alternatives] | None = None
+    finish_reason: Literal["stop", "length", "error"] | None = None
+    stop_token_id: int | None = None
+    cached_tokens: int = 0
+    error_code: str | None = None
+    error_message: str | None = None
+
+    def __reduce__(self) -> tuple[type["Growth"], tuple[Any, ...]]:
+        grown = (self.key, self.sample, self.token_ids, self.logprobs, self.alternatives, self.finish_reason)
+        return Growth, (*grown, self.stop_token_id, self.cached_tokens, self.error_code, self.error_message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +204,11 @@ class Engine(Protocol):
         self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
     ) -> Result:
         """Answer one request; raises ``EngineDeadError`` when the engine is gone. Cancelling it frees its slot."""
+
+    def stream(
+        self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
+    ) -> AsyncGenerator[Growth, None]:
+        """As ``generate``, a step at a time, without the prompt's logprobs. Closing it frees its slots."""
 
     def stats(self) -> EngineStats:
         """The latest reading."""

@@ -1,6 +1,6 @@
 """A measuring instrument with the engine's interface: deterministic noise after a roofline clock, or at once.
 
-It schedules as vLLM does (continuous batching, chunked prefill, priorities, a prefix cache of whole blocks) and takes
+It schedules as vLLM does (``serving.batching``: chunked prefill, priorities, a prefix cache of whole blocks) and takes
 the time that ``serving.roofline`` says. It computes nothing: what it answers is noise, and everything made of it is
 labelled ``simulated`` or ``instant``.
 """
@@ -8,33 +8,47 @@ labelled ``simulated`` or ``instant``.
 import array
 import asyncio
 import hashlib
-import heapq
 import itertools
 import os
 import random
 import signal
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
+from contextlib import aclosing
+from typing import Any
 
-from serving.config import EngineConfig, RooflineConfig
-from serving.engine import installed_version
+from serving.batching import Scheduler, Sequence
+from serving.config import EngineConfig
+from serving.engine_args import installed_version
 from serving.errors import EngineDeadError
+from serving.merging import merged
 from serving.occupancy import Occupancy
-from serving.protocol import BATCH_PRIORITY, Completion, EngineInfo, EngineStats, Request, Result, Sampling
-from serving.roofline import step_seconds
+from serving.protocol import (
+    BATCH_PRIORITY,
+    Alternatives,
+    Completion,
+    EngineInfo,
+    EngineStats,
+    Growth,
+    Request,
+    Result,
+    Sampling,
+)
 from serving.watching import clip, stop_watches
 
+NO_MORE = -1
 NOISE = random.Random(0).choices(range(1_000, 21_000), k=1 << 16)
 """Ids that are ordinary text in every tokenizer that the known formats use; answers are slices of it."""
 
 
 class SimulatedEngine:
-    """One simulated engine; make it inside the event loop that uses it."""
+    """One simulated engine; make it inside the event loop that uses it.
 
-    def __init__(self, config: EngineConfig) -> None:
+    Where ``beside`` is not None, so many batch rows go on while people are served, as ``serving.yielding`` says.
+    """
+
+    def __init__(self, config: EngineConfig, *, beside: int | None = None) -> None:
         roofline = config.roofline
         self._info = EngineInfo(
             kind=config.kind,
@@ -46,7 +60,7 @@ class SimulatedEngine:
             device=config.kind,
             versions={name: installed_version(name) for name in ("ray", "spanfill")},
         )
-        self._scheduler = Scheduler(roofline)
+        self._scheduler = Scheduler(roofline, beside=beside)
         self._roofline = roofline
         self._scale = roofline.time_scale
         self._instant = config.kind == "instant"
@@ -67,22 +81,82 @@ class SimulatedEngine:
     ) -> Result:
         """Noise that depends on the prompt, the seed and the sampling alone."""
         await self._suffer(request)
-        if len(request.token_ids) >= self._info.max_model_len:
-            message = f"the prompt of {len(request.token_ids)} tokens leaves no room in {self._info.max_model_len}"
+        if message := self._refusal(request):
             return Result(request.key, error_code="engine_error", error_message=message)
+        completions = await self._completions(request, sampling)
+        cached = 0
+        if not self._instant:
+            cached = sum(await asyncio.gather(*(self._timed(request, c, priority, cache_salt) for c in completions)))
+        self._count(completions)
+        prompt = len(request.token_ids) - 1 if sampling.prompt_logprobs else None
+        return Result(
+            request.key,
+            completions,
+            cached,
+            None if prompt is None else [-1.0] * prompt,
+            None if prompt is None else _alternatives(prompt, sampling),
+        )
+
+    async def stream(
+        self, request: Request, sampling: Sampling, *, priority: int = BATCH_PRIORITY, cache_salt: str | None = None
+    ) -> AsyncGenerator[Growth, None]:
+        """The same noise, a token a step."""
+        await self._suffer(request)
+        if message := self._refusal(request):
+            yield Growth(request.key, 0, [], finish_reason="error", error_code="engine_error", error_message=message)
+            return
+        completions = await self._completions(request, sampling)
+        samples = [
+            self._grow(request, sample, completion, priority, cache_salt)
+            for sample, completion in enumerate(completions)
+        ]
+        async with aclosing(merged(samples)) as growths:
+            async for growth in growths:
+                yield growth
+        self._count(completions)
+
+    def _refusal(self, request: Request) -> str | None:
+        if len(request.token_ids) < self._info.max_model_len:
+            return None
+        return f"the prompt of {len(request.token_ids)} tokens leaves no room in {self._info.max_model_len}"
+
+    async def _completions(self, request: Request, sampling: Sampling) -> tuple[Completion, ...]:
         watches = await stop_watches(request, sampling)
         made = [_noise(request.token_ids, seed, sampling) for seed in request.seeds]
         for completion, watch in zip(made, watches, strict=True):
             if watch is not None:
                 watch.add(completion.token_ids)
-        completions = tuple(clip(completion, watch) for completion, watch in zip(made, watches, strict=True))
-        cached = 0
-        if not self._instant:
-            cached = sum(await asyncio.gather(*(self._timed(request, c, priority, cache_salt) for c in completions)))
+        return tuple(clip(completion, watch) for completion, watch in zip(made, watches, strict=True))
+
+    def _count(self, completions: tuple[Completion, ...]) -> None:
         self._output_tokens += sum(len(c.token_ids) for c in completions)
         self._steps += self._instant
-        logprobs = [-1.0] * (len(request.token_ids) - 1) if sampling.prompt_logprobs else None
-        return Result(request.key, completions, cached, logprobs)
+
+    async def _grow(
+        self, request: Request, sample: int, completion: Completion, priority: int, cache_salt: str | None
+    ) -> AsyncGenerator[Growth, None]:
+        """One sample, a token a step; of an instant engine all at once."""
+        told = cached = 0
+        if not self._instant:
+            steps: asyncio.Queue[int] = asyncio.Queue()
+            timed = asyncio.ensure_future(self._timed(request, completion, priority, cache_salt, steps))
+            timed.add_done_callback(lambda _: steps.put_nowait(NO_MORE))
+            try:
+                while (made := await steps.get()) != NO_MORE:
+                    if made > told:
+                        yield Growth(request.key, sample, **_between(completion, told, made))
+                        told = made
+                cached = await timed
+            finally:
+                timed.cancel()
+        yield Growth(
+            request.key,
+            sample,
+            **_between(completion, told, len(completion.token_ids)),
+            finish_reason=completion.finish_reason,
+            stop_token_id=completion.stop_token_id,
+            cached_tokens=cached,
+        )
 
     async def _suffer(self, request: Request) -> None:
         """The faults that this engine was told to have when a prompt holds certain tokens."""
@@ -101,13 +175,22 @@ class SimulatedEngine:
         self._dead = error
         if self._task is not None:
             self._task.cancel()
-        for sequence in (*self._scheduler.running, *(s for _, _, s in self._scheduler.waiting)):
+        for sequence in (*self._scheduler.running, *(s for _, s in self._scheduler.waiting)):
             if not sequence.done.done():
                 sequence.done.set_exception(EngineDeadError(error.message))
 
-    async def _timed(self, request: Request, completion: Completion, priority: int, cache_salt: str | None) -> int:
+    async def _timed(
+        self,
+        request: Request,
+        completion: Completion,
+        priority: int,
+        cache_salt: str | None,
+        made: "asyncio.Queue[int] | None" = None,
+    ) -> int:
+        """Wait until the clock says that it is done; ``made`` is told the tokens of each step but the last."""
         steps = len(completion.token_ids) + (completion.stop_token_id is not None)
-        sequence = Sequence(request.token_ids, max(1, steps), cache_salt, asyncio.get_running_loop().create_future())
+        done = asyncio.get_running_loop().create_future()
+        sequence = Sequence(request.token_ids, max(1, steps), cache_salt, done, told=made)
         self._scheduler.add(sequence, priority)
         if self._task is None:
             self._task = asyncio.create_task(self._run())
@@ -162,132 +245,27 @@ class SimulatedEngine:
         self._die(EngineDeadError("the simulated engine was shut down."))
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One sample under way: ``computed`` counts prompt tokens in the KV cache, ``left`` output tokens to make."""
-
-    token_ids: Ids[int]
-    left: int
-    cache_salt: str | None
-    done: "asyncio.Future[None]"
-    cached: int = 0
-    computed: int = 0
-    made: int = 0
-    cancelled: bool = False
-    blocks: list[int] = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        """Tokens of KV cache that it will hold at its end."""
-        return len(self.token_ids) + self.made + self.left
-
-
-class Scheduler:
-    """Continuous batching without an engine: ``step`` plans one step and says how long it takes."""
-
-    def __init__(self, roofline: RooflineConfig) -> None:
-        self._roofline = roofline
-        self._order = itertools.count()
-        self._cache: OrderedDict[int, None] = OrderedDict()
-        self.waiting: list[tuple[int, int, Sequence]] = []
-        self.running: list[Sequence] = []
-        self.used_tokens = self.queries = self.hits = 0
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step has anything to do."""
-        return bool(self.waiting or self.running)
-
-    def add(self, sequence: Sequence, priority: int) -> None:
-        """Queue one sequence; lower priorities run first."""
-        heapq.heappush(self.waiting, (priority, next(self._order), sequence))
-
-    def step(self) -> float:
-        """Admit what fits, advance every running sequence, and return the step's seconds."""
-        self._drop_cancelled()
-        budget = self._roofline.max_num_batched_tokens
-        kv_read = tokens = 0
-        for sequence in self.running:
-            if sequence.computed == len(sequence.token_ids) and budget:
-                budget, tokens = budget - 1, tokens + 1
-                kv_read += sequence.computed + sequence.made
-                sequence.made, sequence.left = sequence.made + 1, sequence.left - 1
-        for sequence in itertools.chain(list(self.running), self._admitted()):
-            if not budget:
-                break
-            chunk = min(len(sequence.token_ids) - sequence.computed, budget)
-            if chunk:
-                budget, tokens = budget - chunk, tokens + chunk
-                kv_read += sequence.computed
-                self._compute(sequence, chunk)
-        return step_seconds(self._roofline, tokens=tokens, kv_tokens_read=kv_read)
-
-    def _compute(self, sequence: Sequence, chunk: int) -> None:
-        """Compute prompt tokens; whole blocks are in the cache for whoever is admitted next, in this very step too."""
-        sequence.computed += chunk
-        self._remember(sequence.blocks[: sequence.computed // self._roofline.block_size])
-        if sequence.computed == len(sequence.token_ids):
-            sequence.made, sequence.left = 1, sequence.left - 1
-
-    def finish_step(self) -> None:
-        """Answer the sequences that the step completed."""
-        for sequence in [s for s in self.running if s.left <= 0]:
-            self._release(sequence)
-            if not sequence.done.done():
-                sequence.done.set_result(None)
-
-    def _drop_cancelled(self) -> None:
-        for sequence in [s for s in self.running if s.cancelled]:
-            self._release(sequence)
-        while self.waiting and self.waiting[0][2].cancelled:
-            heapq.heappop(self.waiting)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.used_tokens -= sequence.size
-
-    def _admitted(self) -> Iterator[Sequence]:
-        """Waiting sequences as far as there is room, each admitted when it is asked for."""
-        roofline = self._roofline
-        while self.waiting and len(self.running) < roofline.max_num_seqs:
-            sequence = self.waiting[0][2]
-            if self.running and self.used_tokens + sequence.size > roofline.kv_cache_tokens:
-                return
-            heapq.heappop(self.waiting)
-            if sequence.cancelled:
-                continue
-            sequence.cached = sequence.computed = self._lookup(sequence)
-            self.used_tokens += sequence.size
-            self.running.append(sequence)
-            yield sequence
-
-    def _lookup(self, sequence: Sequence) -> int:
-        size = self._roofline.block_size
-        parent = hash(sequence.cache_salt)
-        for start in range(0, len(sequence.token_ids) - size + 1, size):
-            parent = hash((parent, tuple(sequence.token_ids[start : start + size])))
-            sequence.blocks.append(parent)
-        known = len(list(itertools.takewhile(self._cache.__contains__, sequence.blocks)))
-        # As in vLLM, the last token is always computed: its logits are needed.
-        cached = min(known * size, (len(sequence.token_ids) - 1) // size * size)
-        self.queries += len(sequence.token_ids)
-        self.hits += cached
-        return cached
-
-    def _remember(self, blocks: list[int]) -> None:
-        for block in reversed(blocks):
-            self._cache[block] = None
-            self._cache.move_to_end(block)
-        while len(self._cache) * self._roofline.block_size > self._roofline.kv_cache_tokens:
-            self._cache.popitem(last=False)
-
-
 def _holds(token_ids: Ids[int], wanted: Ids[int]) -> bool:
     """Whether ``wanted``, if there is any, stands somewhere in ``token_ids``."""
     if not wanted:
         return False
     ids, first, count = list(token_ids), list(wanted), len(wanted)
     return any(ids[i : i + count] == first for i in range(len(ids) - count + 1) if ids[i] == first[0])
+
+
+def _between(completion: Completion, start: int, stop: int) -> dict[str, Any]:
+    """What a part of a completion is made of."""
+    return {
+        "token_ids": completion.token_ids[start:stop],
+        "logprobs": completion.logprobs and completion.logprobs[start:stop],
+        "alternatives": completion.alternatives and completion.alternatives[start:stop],
+    }
+
+
+def _alternatives(places: int, sampling: Sampling) -> list[Alternatives] | None:
+    """As many likely tokens a place as are wanted: noise, too."""
+    likely = tuple((token, -1.0 - rank) for rank, token in enumerate(NOISE[: sampling.alternatives]))
+    return [likely] * places if likely else None
 
 
 def _noise(token_ids: Ids[int], seed: int, sampling: Sampling) -> Completion:
@@ -303,7 +281,8 @@ def _noise(token_ids: Ids[int], seed: int, sampling: Sampling) -> Completion:
         if start + count > len(NOISE)
         else NOISE[start : start + count]
     )
-    logprobs = [-1.0] * (len(ids) + bool(stops)) if sampling.logprobs else None
+    places = len(ids) + bool(stops)
+    logprobs, likely = ([-1.0] * places, _alternatives(places, sampling)) if sampling.logprobs else (None, None)
     if stops:
-        return Completion(ids, "stop", sampling.stop_token_ids[0], logprobs)
-    return Completion(ids, "length", None, logprobs)
+        return Completion(ids, "stop", sampling.stop_token_ids[0], logprobs, likely)
+    return Completion(ids, "length", None, logprobs, likely)

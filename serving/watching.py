@@ -19,7 +19,7 @@ async def stop_watches(request: Request, sampling: Sampling) -> list[StopWatch |
     key = sampling.format, sampling.tokenizer
     # A tokenizer may take seconds to load: not on the engine's event loop.
     fmt = _formats[key] if key in _formats else await asyncio.to_thread(_load, key)
-    return [fmt.watch(sampling.stop, request.until) for _ in request.seeds]
+    return [fmt.watch(sampling.stop, request.until, through=sampling.ignore_eos) for _ in request.seeds]
 
 
 def _load(key: tuple[str, str]) -> Format:
@@ -30,13 +30,19 @@ def _load(key: tuple[str, str]) -> Format:
         return _formats[key]
 
 
-def clip(completion: Completion, watch: StopWatch | None) -> Completion:
-    """A completion that ran on, without what its watch found needless."""
+def clip(completion: Completion, watch: StopWatch | None, seen: int = 0) -> Completion:
+    """A completion, or its part behind the first ``seen`` tokens, without what its watch found needless."""
     if watch is None or watch.count is None:
         return completion
-    count, logprobs = watch.count, completion.logprobs
-    kept = completion.token_ids[:count]
-    logprobs = None if logprobs is None else logprobs[:count]
+    count = watch.count - seen
+    kept = replace(
+        completion,
+        token_ids=completion.token_ids[:count],
+        logprobs=completion.logprobs and completion.logprobs[:count],
+        alternatives=completion.alternatives and completion.alternatives[:count],
+        finish_reason="stop",
+        stop_token_id=None,
+    )
     if watch.ended_by_control:
-        return Completion(kept[:-1], "stop", kept[-1], logprobs)
-    return replace(completion, token_ids=kept, finish_reason="stop", stop_token_id=None, logprobs=logprobs)
+        return replace(kept, token_ids=kept.token_ids[:-1], stop_token_id=kept.token_ids[-1])
+    return kept

@@ -29,9 +29,9 @@ from jobs.calibration import stop_share
 from jobs.lanes import Lanes, Ticket
 from jobs.runner import route_of, run_job
 from jobs.spec import JobSpec
+from serving.batching import Scheduler, Sequence
 from serving.config import RooflineConfig
 from serving.protocol import BATCH_PRIORITY
-from serving.simulated import Scheduler, Sequence
 from serving.steady import Load, batch_size, steady_rows_per_second
 from tests.benchmarks.output import console, publish_json
 

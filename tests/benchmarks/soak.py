@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
-from jobs.cli import EXIT_ERROR_ROWS
+from jobs.options import EXIT_ERROR_ROWS
 from jobs.verify import verify
 from tests.runs import DAEMONS, Run, answered, counting, write_pairs
 

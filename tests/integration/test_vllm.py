@@ -89,7 +89,7 @@ def test_equal_seeds_give_equal_samples(engine: VllmEngine, wait: Await) -> None
 
 
 def test_many_long_seeded_prompts_at_once_do_not_kill_the_engine(engine: VllmEngine, wait: Await) -> None:
-    """More prompt tokens than one step takes: prefilled in chunks they would, see ``serving.engine``."""
+    """More prompt tokens than one step takes: prefilled in chunks they would, see ``serving.engine_args``."""
     prompts = [list(range(1_000 + i, 1_900 + i)) for i in range(16)]
     results = ask(engine, wait, *(Request(i, p, (i,)) for i, p in enumerate(prompts)), temperature=0.8)
     alone = [ask(engine, wait, Request(i, prompts[i], (i,)), temperature=0.8)[0] for i in (0, 7)]

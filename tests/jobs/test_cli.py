@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cli import _values, pairs_of
-from serving.engine import check_engine_args
+from jobs.options import pairs_of, scalars_of
+from serving.engine_args import check_engine_args
 from tests.conftest import Command, WriteRows
 
 USAGE = 2
@@ -37,8 +37,8 @@ def run(spanfill: Command, tmp_path: Path, checkpoint: Path) -> Command:
 
 def test_speculation_passes_validation() -> None:
     drafts = "speculative_config={method: ngram, num_speculative_tokens: 4, prompt_lookup_max: 4}"
-    check_engine_args(_values(pairs_of([drafts], "--engine-arg")) or {})
-    assert _values(pairs_of([drafts], "--engine-arg")) == {
+    check_engine_args(scalars_of(pairs_of([drafts], "--engine-arg")) or {})
+    assert scalars_of(pairs_of([drafts], "--engine-arg")) == {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
     }
 
@@ -243,7 +243,9 @@ def test_pairs_refuses_a_folder_as_its_output(spanfill: Command, tmp_path: Path)
     assert (done.code, "is a folder. Name a file, for example" in done.stderr) == (USAGE, True), done.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "pairs", "infill", "explain", "show", "models", "demo", "bench feed"])
+@pytest.mark.parametrize(
+    "command", ["run", "score", "pairs", "infill", "explain", "show", "models", "demo", "bench feed"]
+)
 def test_help_shows_an_example(spanfill: Command, command: str) -> None:
     done = spanfill(*command.split(), "--help")
     assert done.code == 0

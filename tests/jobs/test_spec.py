@@ -6,7 +6,7 @@ import pytest
 
 from jobs.spec import JobSpec, fingerprint
 from jobs.tune import GRID
-from serving.engine import SPEED_ARGUMENTS
+from serving.engine_args import SPEED_ARGUMENTS
 from serving.models import resolve_model
 
 

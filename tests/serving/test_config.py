@@ -4,7 +4,7 @@ import pytest
 
 from serving.app import AppConfig, place
 from serving.config import EngineConfig, ReplicaConfig, read_yaml
-from serving.engine import check_engine_args
+from serving.engine_args import check_engine_args
 from serving.errors import ConfigError
 
 

@@ -4,7 +4,7 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,7 @@ from serving.protocol import (
     Engine,
     EngineInfo,
     EngineStats,
+    Growth,
     MicroBatch,
     MicroBatchResult,
     Request,
@@ -168,6 +169,12 @@ class Slow:
     ) -> Result:
         await self._done.wait()
         return Result(request.key, (Completion([1], "length"),))
+
+    async def stream(
+        self, request: Request, sampling: Sampling, *, priority: int = 0, cache_salt: str | None = None
+    ) -> AsyncGenerator[Growth, None]:
+        await self._done.wait()
+        yield Growth(request.key, 0, [1], finish_reason="length")
 
     def stats(self) -> EngineStats:
         self._looks += 1
@@ -340,3 +347,47 @@ def test_a_row_that_is_done_does_not_wait_for_its_slowest_neighbour(
         return found
 
     assert asyncio.run(main()) == [[0, 1], [2, 3]]
+
+
+def test_whoever_stops_listening_to_a_stream_frees_the_engine_and_hears_of_nothing_else(
+    start_replica: StartReplica,
+) -> None:
+    async def main() -> None:
+        replica = await start_replica(kind="simulated", time_scale=1.0)
+        requests = tuple(Request(key, GOOD, (1, 2)) for key in range(3))
+        batch = MicroBatch(requests, Sampling(1_000, temperature=1.0, ignore_eos=True))
+        came = asyncio.Event()
+
+        async def listen() -> None:
+            async for _ in replica.stream(batch):
+                came.set()
+
+        listening = asyncio.create_task(listen())
+        await asyncio.wait_for(came.wait(), 60)
+        assert (await replica.stats())[1].running == 6
+        listening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await listening
+        async with asyncio.timeout(1.0):
+            while (await replica.stats())[1].running:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+
+
+def test_a_stream_of_a_dead_engine_says_so(start_replica: StartReplica) -> None:
+    async def main() -> None:
+        replica = await start_replica(kind="simulated", crash_on=TRIGGER, time_scale=1.0)
+
+        async def listen(prompt: list[int]) -> None:
+            async for _ in replica.stream(MicroBatch((Request(0, prompt),), Sampling(1_000, ignore_eos=True))):
+                pass
+
+        under_way = asyncio.create_task(listen(GOOD))
+        await asyncio.sleep(0.1)
+        failures = await asyncio.gather(listen(POISON), under_way, return_exceptions=True)
+        assert [type(failure) for failure in failures] == [EngineDeadError, EngineDeadError]
+        with pytest.raises(EngineGoneError):
+            await listen(GOOD)
+
+    asyncio.run(main())

@@ -250,3 +250,15 @@ def test_code_llama_counts_characters_when_cut(llama_folder: Path) -> None:
     assert len(prompt.token_ids) <= 36
     assert 0 < prompt.suffix_chars < 80
     assert 0 < prompt.prefix_chars < 80
+
+
+@pytest.mark.parametrize("name", ["codegen25", "starcoder", "codellama", "codestral"])
+def test_a_given_completion_has_the_ids_of_its_text(name: str) -> None:
+    fmt = Format(FORMATS[name], letters_for(name))
+    found = fmt.completions(["  return x", ""])
+    assert [list(ids) for ids in found if not isinstance(ids, SpanfillError)] == [
+        fmt.tokenizer.encode("  return x"),
+        [],
+    ]
+    assert fmt.infill(fmt.tokenizer.encode("  return x")).text == "  return x"
+    assert fmt.finish_reason(fmt.end_token_id) == "eom"

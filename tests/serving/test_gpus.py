@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.batching import Scheduler, Sequence
 from serving.config import RooflineConfig
 from serving.errors import ConfigError, ModelError
 from serving.gpus import GPUS, PRECISIONS, find_gpu, find_precision, replica_roofline
 from serving.models import CODEGEN25_7B, model_shape, resolve_model
 from serving.roofline import bound_rows_per_second
 from serving.shapes import shape_of
-from serving.simulated import Scheduler, Sequence
 from serving.steady import Load, batch_size, steady_rows_per_second
 
 WARM_UP, MEASURED = 3, 8

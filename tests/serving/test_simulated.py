@@ -70,7 +70,7 @@ def test_every_request_is_answered_whatever_the_limits() -> None:
 
 def test_a_saturated_engine_comes_near_the_bound() -> None:
     """In simulated seconds, so that the machine's speed decides nothing."""
-    from serving.simulated import Scheduler, Sequence
+    from serving.batching import Scheduler, Sequence
 
     async def main() -> None:
         roofline = config(step_overhead_seconds=0.0).roofline

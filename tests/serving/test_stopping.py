@@ -92,6 +92,14 @@ def test_what_a_watch_leaves_is_cut_as_the_whole_would_be(
     assert clip(kept, again) == kept
 
 
+def test_a_watch_may_look_through_control_tokens() -> None:
+    ids = [*CODEGEN.tokenizer.encode("ab"), EOM, *CODEGEN.tokenizer.encode("c"), *CODEGEN.tokenizer.encode("d")]
+    ended, through = CODEGEN.watch(["d"]), CODEGEN.watch(["d"], through=True)
+    assert ended.add([*ids, 1]) == ids.index(EOM) + 1
+    assert through.add([*ids, 1]) == len(ids)
+    assert (ended.ended_by_control, through.ended_by_control) == (True, False)
+
+
 @settings(deadline=None)
 @given(IDS)
 def test_growing_text_is_the_text(ids: list[int]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jobs.order import prefix_order, sort_key
 from jobs.process import since_birth
-from serving.engine import _sampling_params
+from serving.engine import sampling_params
 from serving.formats import load_format
 from serving.protocol import Sampling
 from tests.benchmarks.peers.figures import Measured, until_stop
@@ -42,7 +42,7 @@ def _engine(setting: Setting) -> Any:
 def _greedy(setting: Setting) -> Any:
     """The very sampling parameters that spanfill gives its engine."""
     stops = load_format(FORMAT).stop_token_ids
-    return _sampling_params(Sampling(setting.max_tokens, stop_token_ids=stops), 0, watched=False)
+    return sampling_params(Sampling(setting.max_tokens, stop_token_ids=stops), 0, kind="FINAL_ONLY")
 
 
 def _limits(config: Any) -> dict[str, Any]:

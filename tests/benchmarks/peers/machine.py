@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from serving.cores import available_cores
-from serving.engine import installed_version
+from serving.engine_args import installed_version
 
 PACKAGES = ("torch", "ray", "transformers", "tiktoken", "pyarrow", "spanfill")
 ROOT = Path(__file__).parents[3]

@@ -8,7 +8,7 @@ from typing import Any
 
 from serving.config import EngineConfig
 from serving.cores import available_cores
-from serving.engine import _engine_args
+from serving.engine_args import vllm_arguments
 from serving.truncation import DEFAULT_PREFIX_ALIGN
 
 SPANFILL_ONLY = ("scheduling_policy", "distributed_executor_backend", "enable_log_requests")
@@ -52,7 +52,7 @@ class Setting:
         config = EngineConfig(
             model=self.model, dtype=self.dtype, max_model_len=self.context, engine_args=dict(self.kv_cache_argument)
         )
-        arguments = _engine_args(config, on_cpu=True)
+        arguments = vllm_arguments(config, on_cpu=True)
         return {k: v for k, v in arguments.items() if k not in SPANFILL_ONLY and v is not None} | {"seed": 0}
 
     def dump(self, path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Files, batches and jobs of the API's tenants, run by the job runner beside what people ask for."""

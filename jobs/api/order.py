@@ -1,0 +1,184 @@
+"""What crosses to a work's own process and back, and the folder that it works in: a process knows no database."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, JsonValue
+
+from jobs.spec import JobSpec
+from serving.api.ask import ServedModel
+from serving.config import Frozen
+
+Kind = Literal["batch", "job"]
+Cut = Literal["cancelled", "expired"]
+Mode = Literal["run", "cancelled", "expired"]
+"""What a process is to do: run the work to its end, or deliver what is done of one that was cut short."""
+
+EXIT_HELD = 75
+"""Another process works in the folder still (EX_TEMPFAIL of sysexits.h)."""
+
+GRACE_SECONDS = 45.0
+"""A process that was asked to stop lets what is in flight finish first; after so long it is killed."""
+
+
+class Order(Frozen):
+    """A work as its process is told of it; it is written once, so that every process of the work is told the same.
+
+    ``app`` is the application whose replicas do it, ``engine`` the fields of a spec that name theirs, ``source`` a path
+    or URI. ``began`` is in seconds since 1970. ``weight`` is the tenant's share when the work was asked for.
+    """
+
+    id: str
+    kind: Kind
+    tenant: str
+    app: str
+    model: str
+    format: str
+    context: int
+    can_infill: bool
+    engine: dict[str, JsonValue]
+    source: str
+    began: int
+    endpoint: str = ""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    most_lines: int = 50_000
+    weight: float = 1.0
+
+    @property
+    def served(self) -> ServedModel:
+        """The model as the dialects know it."""
+        return ServedModel(self.model, self.format, self.context, self.can_infill)
+
+    def spec(self, source: str, output: Path, options: dict[str, Any]) -> JobSpec:
+        """A job of this work; raises ``ConfigError``."""
+        own = {"input": source, "output": str(output), "tenant": self.tenant, "weight": self.weight}
+        return JobSpec.parse({**self.engine, **options, **own}, where="options")
+
+
+class Options(Frozen):
+    """How to decode: what the lines of one job share."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    n: int
+    stop: tuple[str, ...]
+
+
+class LineError(Frozen):
+    """What is wrong with a line of a batch, counted from 1; None: with all of it."""
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
+
+
+class Plan(Frozen):
+    """A batch that was read: its lines, and the jobs that they make. With ``errors`` nothing is run."""
+
+    total: int = 0
+    groups: tuple[Options, ...] = ()
+    errors: tuple[LineError, ...] = ()
+
+
+class Problem(Frozen):
+    """Why a process gave up; ``may_pass``: another try may help."""
+
+    code: str
+    message: str
+    may_pass: bool
+
+
+class UnitUsage(Frozen):
+    """What a unit of a job used; ``name`` tells it from the work's others. A prompt counts once for all its samples."""
+
+    name: str
+    rows: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Outcome(Frozen):
+    """How a process ended: ``completed`` and ``failed`` lines or rows, or why there are none.
+
+    ``partial`` is what units used that were cut short and of which rows are delivered all the same.
+    """
+
+    completed: int = 0
+    failed: int = 0
+    errors: tuple[LineError, ...] = ()
+    problem: Problem | None = None
+    partial: tuple[UnitUsage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkFolder:
+    """The files of one work."""
+
+    path: Path
+
+    @property
+    def order(self) -> Path:
+        return self.path / "order.json"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that works here."""
+        return self.path / "lock"
+
+    @property
+    def log(self) -> Path:
+        """What the processes print."""
+        return self.path / "log"
+
+    @property
+    def plan(self) -> Path:
+        """A batch's ``Plan``, once it is read."""
+        return self.path / "plan.json"
+
+    @property
+    def lines(self) -> Path:
+        """A batch's ``Record`` of each line, in the order of the input."""
+        return self.path / "lines.jsonl"
+
+    @property
+    def finalizing(self) -> Path:
+        """There once a batch's results are being written."""
+        return self.path / "finalizing"
+
+    @property
+    def output(self) -> Path:
+        """A batch's answers."""
+        return self.path / "output.jsonl"
+
+    @property
+    def errors(self) -> Path:
+        """A batch's lines that have no answer."""
+        return self.path / "errors.jsonl"
+
+    @property
+    def outcome(self) -> Path:
+        return self.path / "outcome.json"
+
+    @property
+    def groups(self) -> Path:
+        return self.path / "groups"
+
+    def source(self, kind: Kind) -> Path:
+        """The input, where it is a file that the tenant stored."""
+        return self.path / ("input.jsonl" if kind == "batch" else "input.parquet")
+
+    def rows(self, group: int) -> Path:
+        """What a job of a batch reads."""
+        return self.groups / f"{group:03d}" / "rows.parquet"
+
+    def results(self, group: int = 0) -> Path:
+        """The output folder of a job; a work that is a job has one."""
+        return self.groups / f"{group:03d}" / "out"
+
+    def begun(self) -> list[tuple[int, Path]]:
+        """The jobs that have an output folder, by their numbers."""
+        return [(int(path.parent.name), path) for path in sorted(self.groups.glob("*/out"))]

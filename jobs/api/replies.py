@@ -1,0 +1,74 @@
+"""Parts of what the routes of files, batches and jobs take and answer."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import Path, Query
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from jobs.api.database import Page
+from serving.api.fields import Text
+
+MOST_LISTED = 100
+MOST_PAIRS = 16
+HOUR, MONTH = 3_600, 2_592_000
+
+Id = Annotated[str, Path(max_length=256)]
+Limit = Annotated[int, Query(ge=1, le=MOST_LISTED)]
+After = Annotated[str | None, Query(max_length=256, description="The id behind which the page begins.")]
+Order = Annotated[Literal["asc", "desc"], Query(description="By the time of creation.")]
+
+Metadata = Annotated[
+    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
+    Field(max_length=MOST_PAIRS),
+]
+"""What a client likes to remember: 16 pairs of 64 and 512 characters."""
+
+
+class ExpiresAfter(BaseModel):
+    """For how many seconds a file is kept."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=HOUR, le=MONTH)]
+
+
+class ErrorOf(BaseModel):
+    """Why a batch or job failed as a whole."""
+
+    code: str
+    message: str
+
+
+class Deleted(BaseModel):
+    """Something that is gone."""
+
+    id: str
+    object: str
+    deleted: Literal[True] = True
+
+
+def page_of(limit: int, after: str | None, order: str = "desc") -> Page:
+    """The page that a client asks for."""
+    return Page(limit, after, ascending=order == "asc")
+
+
+def seconds_of(told: dict[str, JsonValue], name: str) -> int | None:
+    """A time among what is told of a work, in whole seconds since 1970."""
+    value = told.get(name)
+    return int(value) if isinstance(value, int | float) else None
+
+
+def download(path: str, name: str) -> FileResponse:
+    """A file's bytes, which no browser shall take for a page; ``name`` is one of ours."""
+    headers = {"Content-Disposition": f'attachment; filename="{name}"', "X-Content-Type-Options": "nosniff"}
+    return FileResponse(path, media_type="application/octet-stream", headers=headers)
+
+
+DOWNLOADED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {}}, "description": "The bytes."},
+    206: {"content": {"application/octet-stream": {}}, "description": "The range of them that was asked for."},
+    416: {"description": "There is no such range."},
+}
+"""OpenAPI's description of a download."""

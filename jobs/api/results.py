@@ -1,0 +1,146 @@
+"""What a job of a batch has made so far, row by row in the order of its input: parts, error rows, and the journal.
+
+Whoever reads must be sure that nobody runs the job: a journal's damaged segments are set aside.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.api.groups import PASSED
+from jobs.journal import Sample
+from jobs.ledger import STATE, Ledger, lists_errors, read_job
+from jobs.plan import Unit
+from jobs.reader import READ_ROWS, UnitReader
+from jobs.rows import row_prompts
+from jobs.spec import JobSpec
+from jobs.store import Location, exists, locate
+from serving.formats import Format, Prompt
+
+PART_COLUMNS = [*PASSED, "infill", "finish_reason", "prompt_tokens", "completion_tokens"]
+ERROR_COLUMNS = [*PASSED, "error_code", "error_message"]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One sample of a row."""
+
+    text: str
+    reason: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What became of a prompt of a line: its samples, or why there are none.
+
+    ``unit`` is the unit whose journal it comes from, None where a part holds it; only then ``cached_tokens`` is told.
+    """
+
+    line: int
+    prompt: int
+    prompt_tokens: int = 0
+    made: tuple[Made, ...] = ()
+    error: tuple[str, str] | None = None
+    unit: int | None = None
+    cached_tokens: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands in the batch."""
+        return self.line, self.prompt
+
+
+def group_results(spec: JobSpec, fmt: Format, context: int, columns: Sequence[str]) -> Iterator[RowResult]:
+    """The rows of a group that are done; none of a job that has not begun. ``columns`` are the input's.
+
+    Raises ``OutputError`` for state that is damaged, ``StorageError``.
+    """
+    output = locate(spec.output)
+    if not exists(output.join(STATE, "job.json")):
+        return
+    ledger = Ledger.of(output, read_job(output))
+    if not ledger.has_plan:
+        return
+    done, journals = ledger.done(), _Journals(spec, fmt, context, columns, ledger)
+    for unit in ledger.planned():
+        if unit.index in done:
+            yield from heapq.merge(_finished(ledger, unit), _failed(ledger, unit), key=lambda row: row.place)
+        else:
+            yield from journals.rows(unit)
+
+
+def _finished(ledger: Ledger, unit: Unit) -> Iterator[RowResult]:
+    rows = _rows(ledger.part(unit.index), PART_COLUMNS)
+    for place, found in groupby(rows, key=lambda row: (row["line"], row["prompt"])):
+        samples = list(found)
+        made = tuple(Made(row["infill"], row["finish_reason"], row["completion_tokens"]) for row in samples)
+        yield RowResult(*place, samples[0]["prompt_tokens"], made)
+
+
+def _failed(ledger: Ledger, unit: Unit) -> Iterator[RowResult]:
+    if not lists_errors(ledger.read_report(unit.index)):
+        return
+    for row in _rows(ledger.errors(unit.index), ERROR_COLUMNS):
+        yield RowResult(row["line"], row["prompt"], error=(row["error_code"], row["error_message"]))
+
+
+def _rows(location: Location, columns: list[str]) -> Iterator[dict[str, Any]]:
+    with location.fs.open_input_file(location.path) as source:
+        for batch in pq.ParquetFile(source).iter_batches(READ_ROWS, columns=columns):
+            yield from batch.to_pylist()
+
+
+class _Journals:
+    """Reads units whose part is not out."""
+
+    def __init__(self, spec: JobSpec, fmt: Format, context: int, columns: Sequence[str], ledger: Ledger) -> None:
+        self._spec, self._format, self._context = spec, fmt, context
+        self._ledger = ledger
+        self._files = ledger.inputs()
+        self._root = locate(spec.input)
+        self._reader = UnitReader(self._root, columns)
+
+    def rows(self, unit: Unit) -> Iterator[RowResult]:
+        """The rows of a unit that its journal holds whole."""
+        whole, at = self._whole(unit), unit.start
+        if not whole:
+            return
+        for batch in self._reader.read(self._files[unit.file], unit):
+            rows = [row for row in range(batch.num_rows) if at + row in whole]
+            if rows:
+                taken = batch.take(pa.array(rows, pa.int64()))
+                yield from self._results(unit, taken, [whole[at + row] for row in rows])
+            at += batch.num_rows
+
+    def _whole(self, unit: Unit) -> dict[int, list[Sample]]:
+        found: dict[int, list[Sample]] = {}
+        for sample in self._ledger.journal(unit.index).replay().samples:
+            found.setdefault(sample.row, []).append(sample)
+        return {
+            row: sorted(samples, key=lambda sample: sample.sample)
+            for row, samples in found.items()
+            if samples[0].error_code is not None or len(samples) == self._spec.n
+        }
+
+    def _results(self, unit: Unit, batch: pa.RecordBatch, found: list[list[Sample]]) -> Iterator[RowResult]:
+        prompts = row_prompts(self._spec, self._format, self._context, batch)
+        places = zip(*(batch.column(name).to_pylist() for name in PASSED), strict=True)
+        for (line, number), (_, prompt), samples in zip(places, prompts, found, strict=True):
+            first = samples[0]
+            if first.error_code is not None or not isinstance(prompt, Prompt):
+                error = (first.error_code or "bad_input", first.error_message or "")
+                yield RowResult(line, number, error=error, unit=unit.index)
+            else:
+                made, length = tuple(map(self._made, samples)), len(prompt.token_ids)
+                cached = min(length, round(first.cached_tokens / len(samples)))
+                yield RowResult(line, number, length, made, unit=unit.index, cached_tokens=cached)
+
+    def _made(self, sample: Sample) -> Made:
+        infill = self._format.infill(sample.token_ids, stop_token_id=sample.stop_token_id, stop=self._spec.stop)
+        return Made(infill.text, infill.finish_reason, len(sample.token_ids))

@@ -1,0 +1,70 @@
+"""The gateway's ASGI application from its parts; it needs neither Ray nor an engine."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from fastapi import APIRouter, FastAPI, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel
+from starlette.types import Lifespan
+
+from serving.api import llamacpp, mistral, ollama, openai
+from serving.api.ask import Service
+from serving.api.edge import Edge
+from serving.api.metrics import Metrics
+from serving.api.parts import WhoCalls
+from serving.api.replies import install
+from serving.engine_args import installed_version
+
+DESCRIPTION = (
+    "Code infilling and completion in the words of OpenAI's, Mistral's, llama.cpp's and Ollama's clients. "
+    "Errors say what is wrong and what to do about it."
+)
+
+
+class Health(BaseModel):
+    """Whether an engine answers."""
+
+    status: Literal["ok", "loading model"]
+
+
+def application(
+    service: Service,
+    caller: WhoCalls,
+    metrics: Metrics,
+    *,
+    is_healthy: Callable[[], bool],
+    routers: Sequence[APIRouter] = (),
+    larger: Mapping[str, int] | None = None,
+    lifespan: Lifespan[FastAPI] | None = None,
+) -> FastAPI:
+    """All dialects, ``routers`` behind them, ``/health`` and ``/metrics``.
+
+    ``caller`` is the dependency that tells who calls. ``larger`` gives the bytes that bodies may have at some paths.
+    """
+    app = FastAPI(title="spanfill", version=installed_version("spanfill"), description=DESCRIPTION, lifespan=lifespan)
+    install(app)
+    for dialect in (openai, mistral, llamacpp, ollama):
+        app.include_router(dialect.router(service, caller))
+    for router in (*routers, _operation(metrics, is_healthy)):
+        app.include_router(router)
+    app.add_middleware(Edge, metrics=metrics, larger=larger)
+    return app
+
+
+def _operation(metrics: Metrics, is_healthy: Callable[[], bool]) -> APIRouter:
+    """What operators and their machines look at, without a key."""
+    routes = APIRouter(tags=["Operation"])
+
+    @routes.get("/health", response_model=Health, responses={503: {"model": Health, "description": "No engine yet."}})
+    async def health() -> Response:
+        """Whether an engine answers."""
+        healthy = is_healthy()
+        return JSONResponse({"status": "ok" if healthy else "loading model"}, 200 if healthy else 503)
+
+    @routes.get("/metrics", response_class=PlainTextResponse)
+    async def told() -> Response:
+        """Figures in Prometheus' text format."""
+        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return routes

@@ -1,0 +1,55 @@
+"""Who calls: by a key in one of the headers in which clients send them, or anybody on an open server."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Annotated
+
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+
+from serving.errors import AuthenticationError
+from serving.tenants.caller import Caller
+
+OPEN_CALLER = Caller(tenant="local", key="none", role="admin")
+"""Everybody, on loopback before there is any tenant."""
+
+HOW_TO_MAKE_ONE = "Make a tenant and its key with: spanfill tenants create NAME"
+
+BEARER = HTTPBearer(
+    scheme_name="bearer", description="A key that `spanfill tenants create` has printed.", auto_error=False
+)
+X_API_KEY = APIKeyHeader(name="x-api-key", scheme_name="x-api-key", auto_error=False)
+API_KEY = APIKeyHeader(name="api-key", scheme_name="api-key", auto_error=False)
+
+
+class Door:
+    """A FastAPI dependency that tells who calls; ``find`` is ``Directory.caller``.
+
+    Where ``has_tenants`` is given, it is asked until there are some, in a thread; until then anybody is let in,
+    whatever key is sent: most clients must be given one.
+    """
+
+    def __init__(
+        self, find: Callable[[str], Awaitable[Caller]], *, has_tenants: Callable[[], bool] | None = None
+    ) -> None:
+        self._find = find
+        self._has_tenants = has_tenants
+
+    async def __call__(
+        self,
+        bearer: Annotated[HTTPAuthorizationCredentials | None, Security(BEARER)],
+        x_api_key: Annotated[str | None, Security(X_API_KEY)],
+        api_key: Annotated[str | None, Security(API_KEY)],
+    ) -> Caller:
+        """Who calls; raises ``AuthenticationError``."""
+        if await self._is_open():
+            return OPEN_CALLER
+        key = (bearer.credentials.strip() if bearer else "") or x_api_key or api_key
+        if not key:
+            raise AuthenticationError("no key was sent.", remedy=f"Send Authorization: Bearer KEY. {HOW_TO_MAKE_ONE}.")
+        return await self._find(key)
+
+    async def _is_open(self) -> bool:
+        if self._has_tenants is not None and await asyncio.to_thread(self._has_tenants):
+            self._has_tenants = None
+        return self._has_tenants is not None

@@ -1,0 +1,75 @@
+"""A request under way: what was asked, and what is known of its use and of its times so far."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from serving.api.ask import Timing, Usage
+from serving.api.prompts import Rendered
+from serving.tenants.caller import Caller
+from serving.tenants.tickets import Demand, Ticket, Used
+
+
+@dataclass
+class Served:
+    """An admitted request; ``started`` and ``first``, when a stream's first tokens came, are of ``time.monotonic``.
+
+    ``cached`` is what the prefix cache held of a prompt, by its key and sample, or for all its samples together. One
+    that ``failed`` before anything came of it has used nothing.
+    """
+
+    rendered: Sequence[Rendered]
+    caller: Caller
+    ticket: Ticket
+    started: float
+    first: float | None = None
+    completion_tokens: int = 0
+    cached: dict[tuple[int, int], int] = field(default_factory=dict)
+    failed: bool = False
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether texts were cut to fit."""
+        return any(r.truncated for r in self.rendered)
+
+    @property
+    def usage(self) -> Usage:
+        """What it used by now; a prompt counts once, and no more of it is cached than there is."""
+        if self.failed and not self.completion_tokens:
+            return Usage()
+        prompt = sum(len(r.token_ids) for r in self.rendered)
+        samples = sum(r.ask.n for r in self.rendered) / max(1, len(self.rendered))
+        return Usage(prompt, self.completion_tokens, min(prompt, round(sum(self.cached.values()) / max(1, samples))))
+
+    @property
+    def used(self) -> Used:
+        """As its limits count it."""
+        return Used(self.usage.prompt_tokens, self.usage.completion_tokens)
+
+    @property
+    def timing(self) -> Timing:
+        """Seconds to the first token and from there on."""
+        now = time.monotonic()
+        first = now if self.first is None else self.first
+        return Timing(first - self.started, now - first)
+
+    def comes(self) -> None:
+        """Tokens of a stream are there."""
+        if self.first is None:
+            self.first = time.monotonic()
+
+    def is_late(self, key: int) -> bool:
+        """Whether the time of an ask is over."""
+        seconds = self.rendered[key].ask.seconds
+        return seconds is not None and self.first is not None and time.monotonic() - self.first > seconds
+
+
+def demand_of(rendered: Sequence[Rendered], caller: Caller, patience: float) -> Demand:
+    """What a request may come to use; it waits ``patience`` seconds at most."""
+    return Demand(
+        caller,
+        sum(len(r.token_ids) for r in rendered),
+        sum(r.output_tokens for r in rendered),
+        sum(r.ask.n for r in rendered),
+        patience,
+    )

@@ -1,0 +1,290 @@
+"""The dialects' ``Service`` on the replicas: check, render, admit, call, write the text, meter. One model a service."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+from serving.api.ask import Answer, Ask, Choice, End, Piece, ServedModel, Token, Usage
+from serving.api.calls import Call, answers
+from serving.api.checks import check
+from serving.api.edge import noted
+from serving.api.metrics import Metrics
+from serving.api.prompts import Rendered, render, request_of, sampling_of, visible
+from serving.api.served import Served, demand_of
+from serving.api.writing import Writing, grown, prompt_tokens
+from serving.errors import EngineDeadError, EngineError, LimitError, ModelNotFoundError, SpanfillError, UsageError
+from serving.formats import Format
+from serving.protocol import INTERACTIVE_PRIORITY, Growth, MicroBatch, MicroBatchResult, Result
+from serving.tenants.caller import Caller
+from serving.tenants.limits import Standing
+from serving.tenants.tickets import Demand, Ticket, Used
+
+PATIENCE_SECONDS = 30.0
+"""How long a request waits for its turn."""
+
+LARGE_CHARS = 200_000
+"""Requests with more text are tokenised one after the other: 4 MB take seconds, and nobody was admitted yet."""
+
+
+class Desk(Protocol):
+    """What the service needs of ``serving.tenants.desk.Desk``."""
+
+    async def admit(self, demand: Demand) -> Ticket:
+        """Wait until the request may run."""
+
+    async def standing(self, caller: Caller) -> Standing:
+        """What the caller may ask for now."""
+
+    def charge(self, ticket: Ticket, output_tokens: int) -> None:
+        """So many output tokens are made by now."""
+
+    def leave(self, ticket: Ticket, used: Used | None = None) -> None:
+        """The request ended."""
+
+
+Meter = Callable[[Caller, str, Usage], None]
+"""Told of each request that ended: who asked, which model, what it used."""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """How to call the replicas of one model: whole micro-batches and streams of them."""
+
+    model: ServedModel
+    fmt: Format
+    tokenizer: str
+    whole: Call[MicroBatchResult]
+    stream: Call[list[Growth]]
+
+
+class FleetService:
+    """Answers what the dialects ask; the asks of one request are decoded alike, as its first one says."""
+
+    def __init__(self, engines: Engines, desk: Desk, meter: Meter, metrics: Metrics) -> None:
+        self._engines = engines
+        self._desk = desk
+        self._meter = meter
+        self._metrics = metrics
+        self._large = asyncio.Semaphore(1)
+
+    @property
+    def models(self) -> Sequence[ServedModel]:
+        """The one model."""
+        return [self._engines.model]
+
+    def model(self, name: str | None, caller: Caller) -> ServedModel:
+        """The model of a name; raises ``ModelNotFoundError``."""
+        model = self._engines.model
+        named = not name or name in (model.name, f"{model.name}:latest")
+        if named and (caller.models is None or model.name in caller.models):
+            return model
+        known = model.name if caller.models is None or model.name in caller.models else "none for this key"
+        raise ModelNotFoundError(f"model {name or model.name} is not served here.", remedy=f"There is: {known}.")
+
+    async def answer(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
+        """Answer all at once."""
+        if not _in_one_piece(asks) and any(ask.reported or ask.seconds is not None for ask in asks):
+            return await self._collected(asks, caller, model)
+        return await self._whole(asks, caller, model)
+
+    async def stream(self, asks: Sequence[Ask], caller: Caller, model: str) -> AsyncGenerator[Piece | End, None]:
+        """Answer piece by piece; an echo with logprobs and a prompt alone come in one piece."""
+        if _in_one_piece(asks):
+            for item in _as_pieces(await self._whole(asks, caller, model)):
+                yield item
+            return
+        rendered = await self._render(asks)
+        async with self._served(rendered, caller, model) as served:
+            async with aclosing(self._pieces(served)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            yield End(served.usage, served.is_truncated, served.timing, self._prompts(served))
+
+    async def _whole(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
+        """An answer that the replica gives whole."""
+        rendered = await self._render(asks)
+        async with self._served(rendered, caller, model) as served:
+            results = await self._results(served)
+            choices = [c for key, r in enumerate(rendered) for c in self._choices(r, results[key], served)]
+            return Answer(tuple(choices), served.usage, served.is_truncated, served.timing, self._prompts(served))
+
+    async def _results(self, served: Served) -> dict[int, Result]:
+        results: dict[int, Result] = {}
+        async with aclosing(answers(self._engines.whole, self._batch(served))) as found:
+            async for came in found:
+                for result in came.results:
+                    _check(result.error_code, result.error_message)
+                    results[result.key] = result
+        if len(results) < len(served.rendered):
+            raise _ended_early()
+        return results
+
+    def _choices(self, rendered: Rendered, result: Result, served: Served) -> list[Choice]:
+        """The choices of one ask, each written as a stream of one piece."""
+        ask, tokens = rendered.ask, self._echo(rendered, result)
+        served.cached[result.key, 0] = result.cached_tokens
+        head = "".join(token.text for token in tokens)
+        if ask.max_tokens == 0:
+            return [Choice(head, "length", tokens)] * ask.n
+        choices = []
+        for sample, completion in enumerate(result.completions):
+            writing = self._writing(ask, sample, len(head))
+            piece = writing.add(grown(result.key, sample, completion))
+            assert piece is not None
+            assert piece.reason is not None
+            served.completion_tokens += writing.count
+            choices.append(Choice(head + piece.text, piece.reason, tokens + piece.tokens, piece.stop_word))
+        return choices
+
+    def _echo(self, rendered: Rendered, result: Result | None = None) -> tuple[Token, ...]:
+        """The prompt's tokens where they are wanted, with their logprobs where the engine has told them."""
+        if not rendered.ask.echo:
+            return ()
+        logprobs, alternatives = (result.prompt_logprobs, result.prompt_alternatives) if result else (None, None)
+        return prompt_tokens(self._engines.fmt, rendered.token_ids, logprobs, alternatives)
+
+    def _writing(self, ask: Ask, index: int, offset: int) -> Writing:
+        return Writing(
+            index,
+            self._engines.fmt,
+            ask.stop,
+            offset=offset,
+            detailed=ask.logprobs is not None,
+            through=ask.decoding.ignore_eos,
+        )
+
+    async def _pieces(self, served: Served) -> AsyncGenerator[Piece, None]:
+        """The pieces of all choices, until each has ended, by itself or by its time; echoes wait for a token."""
+        writings: dict[tuple[int, int], Writing] = {}
+        echoes: list[Piece] = []
+        for key, r in enumerate(served.rendered):
+            echo = "".join(token.text for token in self._echo(r))
+            for sample in range(r.ask.n):
+                if echo:
+                    echoes.append(Piece(len(writings), echo))
+                writings[key, sample] = self._writing(r.ask, len(writings), len(echo))
+        async with aclosing(answers(self._engines.stream, self._batch(served))) as bunches:
+            async for growths in bunches:
+                served.comes()
+                pieces = [piece for growth in growths for piece in _grow(writings, growth, served)]
+                for piece in [*echoes, *pieces]:
+                    yield piece
+                echoes = []
+                self._desk.charge(served.ticket, served.completion_tokens)
+                if not writings:
+                    return
+        raise _ended_early()
+
+    async def _collected(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
+        """A stream's pieces as one answer."""
+        texts: dict[int, list[Piece]] = {}
+        end = End(Usage())
+        async with aclosing(self.stream(asks, caller, model)) as items:
+            async for item in items:
+                if isinstance(item, End):
+                    end = item
+                else:
+                    texts.setdefault(item.index, []).append(item)
+        choices = tuple(_joined(texts[index]) for index in sorted(texts))
+        return Answer(choices, end.usage, end.truncated, end.timing, end.prompts)
+
+    async def _render(self, asks: Sequence[Ask]) -> list[Rendered]:
+        """Check, and tokenise on a thread: another request's next token shall not wait for it."""
+        fmt, model = self._engines.fmt, self._engines.model
+        check(asks, model, fmt)
+        is_large = sum(len(ask.prefix) + len(ask.suffix or "") for ask in asks) > LARGE_CHARS
+        async with self._large if is_large else nullcontext():
+            return await asyncio.to_thread(lambda: [render(ask, fmt, model.context) for ask in asks])
+
+    def _prompts(self, served: Served) -> tuple[str, ...]:
+        return tuple(visible(r, self._engines.fmt) for r in served.rendered if r.ask.reported)
+
+    def _batch(self, served: Served) -> MicroBatch:
+        engines, ask = self._engines, served.rendered[0].ask
+        sampling = sampling_of(ask, engines.fmt, format_name=engines.model.format, tokenizer=engines.tokenizer)
+        requests = tuple(request_of(r, key) for key, r in enumerate(served.rendered))
+        return MicroBatch(requests, sampling, priority=INTERACTIVE_PRIORITY, cache_salt=served.caller.cache_salt)
+
+    @asynccontextmanager
+    async def _served(self, rendered: Sequence[Rendered], caller: Caller, model: str) -> AsyncIterator[Served]:
+        """Inside, the request is admitted; however it ends, what it used is told."""
+        ticket = await self._admit(demand_of(rendered, caller, PATIENCE_SECONDS))
+        served = Served(rendered, caller, ticket, time.monotonic())
+        try:
+            yield served
+        except SpanfillError:
+            served.failed = True
+            raise
+        finally:
+            self._desk.leave(ticket, served.used)
+            usage = served.usage
+            if usage.total_tokens:
+                self._meter(caller, model, usage)
+                self._metrics.used(usage)
+            if served.first is not None:
+                self._metrics.began(served.first - served.started)
+
+    async def _admit(self, demand: Demand) -> Ticket:
+        """Wait for the ticket; how the caller then stands goes into the answer's headers."""
+        asked = time.monotonic()
+        try:
+            ticket = await self._desk.admit(demand)
+        except (LimitError, UsageError):
+            _note(await self._desk.standing(demand.caller))
+            raise
+        _note(ticket.standing)
+        self._metrics.waited(time.monotonic() - asked)
+        return ticket
+
+
+def _note(standing: Standing) -> None:
+    if (about := noted.get()) is not None:
+        about.headers |= standing.headers()
+
+
+def _check(code: str | None, message: str | None) -> None:
+    if code is not None:
+        raise EngineError(f"{code}: {message}", remedy="Change the request.")
+
+
+def _ended_early() -> EngineDeadError:
+    return EngineDeadError("the replica ended its answer before it was whole.", remedy="Ask again: another answers.")
+
+
+def _in_one_piece(asks: Sequence[Ask]) -> bool:
+    """Whether an engine tells what is asked only at the end: a prompt's logprobs come with no stream."""
+    return any(ask.max_tokens == 0 or (ask.echo and ask.logprobs is not None) for ask in asks)
+
+
+def _as_pieces(answer: Answer) -> list[Piece | End]:
+    pieces = [Piece(i, each.text, each.tokens, each.reason, each.stop_word) for i, each in enumerate(answer.choices)]
+    return [*pieces, End(answer.usage, answer.truncated, answer.timing, answer.prompts)]
+
+
+def _grow(writings: dict[tuple[int, int], Writing], growth: Growth, served: Served) -> list[Piece]:
+    """What may be shown of a growth; a choice that ends, by itself or by its time, leaves ``writings``."""
+    _check(growth.error_code, growth.error_message)
+    place = growth.key, growth.sample
+    served.cached[place] = max(growth.cached_tokens, served.cached.get(place, 0))
+    if (writing := writings.get(place)) is None:
+        return []
+    before = writing.count
+    piece = writing.add(growth)
+    served.completion_tokens += writing.count - before
+    pieces = [] if piece is None else [piece]
+    if growth.finish_reason is not None:
+        del writings[place]
+    elif served.is_late(growth.key) and "\n" in writing.text:
+        pieces.append(writing.cut())
+        del writings[place]
+    return pieces
+
+
+def _joined(pieces: list[Piece]) -> Choice:
+    last = pieces[-1]
+    assert last.reason is not None
+    tokens = tuple(token for piece in pieces for token in piece.tokens)
+    return Choice("".join(piece.text for piece in pieces), last.reason, tokens, last.stop_word)

@@ -1,0 +1,148 @@
+"""The text of one choice as its tokens come: whole characters, and nothing that a stop string may yet take back."""
+
+from collections.abc import Sequence
+
+from serving.api.ask import Piece, Reason, Token
+from serving.formats import Format
+from serving.protocol import Alternatives, Completion, Growth
+from serving.stopping import GrowingText, find_cut
+
+REASONS: dict[str, Reason] = {"eom": "eom", "eos": "eos", "length": "length", "stop": "stop"}
+
+
+class Writing:
+    """Makes pieces of what the engine tells of choice ``index``; together they are what ``Format.infill`` would give.
+
+    ``through`` writes on behind control tokens, for whoever asked to ignore the end. ``offset`` is where the choice's
+    text begins, behind an echoed prompt. ``tokens`` are told when ``detailed``.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        fmt: Format,
+        stop: Sequence[str] = (),
+        *,
+        offset: int = 0,
+        detailed: bool = False,
+        through: bool = False,
+    ) -> None:
+        self.count = 0
+        self.text = ""
+        self._index = index
+        self._format = fmt
+        self._stop = tuple(stop)
+        self._offset = offset
+        self._detailed = detailed
+        self._control = frozenset() if through else fmt.tokenizer.special_ids
+        self._growing = GrowingText(fmt.decode)
+        self._ids: list[int] = []
+        self._tokens: list[Token] = []
+        self._controlled = False
+        self._sent = self._told = 0
+
+    def add(self, growth: Growth) -> Piece | None:
+        """What may be shown now; None for nothing. The last piece has a reason."""
+        self.count += len(growth.token_ids) + (growth.stop_token_id is not None)
+        for place, token_id in enumerate(growth.token_ids):
+            self._take(token_id, growth, place)
+        if growth.finish_reason is not None:
+            return self._end(growth.stop_token_id)
+        return self._show(self._settled())
+
+    def cut(self) -> Piece:
+        """End the choice here, since its time is over."""
+        return self._last(self.text[: self._settled()], "time")
+
+    def _take(self, token_id: int, growth: Growth, place: int) -> None:
+        self._ids.append(token_id)
+        self._controlled = self._controlled or token_id in self._control
+        if self._controlled:
+            return
+        start = len(self.text)
+        self.text += self._growing.add(token_id)
+        if self._detailed:
+            logprob = growth.logprobs[place] if growth.logprobs else None
+            likely = growth.alternatives[place] if growth.alternatives else ()
+            top = named(self._format, likely, token_id, logprob)
+            self._tokens.append(Token(token_id, self.text[start:], self._offset + start, logprob, top))
+
+    def _settled(self) -> int:
+        """Characters that no stop string can take back: none that is there, and none that may yet turn out to be."""
+        cut = find_cut(self.text, self._stop)
+        end = len(self.text) if cut is None else cut.at
+        longest = max(map(len, self._stop), default=1)
+        places = range(max(self._sent, len(self.text) - longest + 1), end)
+        begun = (place for place in places if any(word.startswith(self.text[place:]) for word in self._stop))
+        return next(begun, end)
+
+    def _end(self, stop_token_id: int | None) -> Piece:
+        if not self._control and stop_token_id is None:
+            text, reason = self._format.decode(self._ids), "length"
+            if (cut := find_cut(text, self._stop)) is not None:
+                text, reason = text[: cut.at], "stop"
+        else:
+            infill = self._format.infill(self._ids, stop_token_id=stop_token_id, stop=self._stop)
+            text, reason = infill.text, infill.finish_reason
+        word = self._word() if reason == "stop" else ""
+        return self._last(text, REASONS[reason], word)
+
+    def _word(self) -> str:
+        """The stop string that comes first; of two at one place the shorter."""
+        found = [(at, len(word), word) for word in self._stop if (at := self.text.find(word)) >= 0]
+        return min(found)[2] if found else ""
+
+    def _last(self, text: str, reason: Reason, word: str = "") -> Piece:
+        tokens = self._tokens_before(len(text) or -1)
+        return Piece(self._index, text[self._sent :], tokens, reason, word)
+
+    def _show(self, settled: int) -> Piece | None:
+        if settled <= self._sent:
+            return None
+        text, self._sent = self.text[self._sent : settled], settled
+        return Piece(self._index, text, self._tokens_before(settled))
+
+    def _tokens_before(self, place: int) -> tuple[Token, ...]:
+        """Those not told yet that begin before a place in the text."""
+        start, stop = self._told, self._told
+        while stop < len(self._tokens) and self._tokens[stop].offset - self._offset < place:
+            stop += 1
+        self._told = stop
+        return tuple(self._tokens[start:stop])
+
+
+def grown(key: int, sample: int, completion: Completion) -> Growth:
+    """A whole completion as the one growth of its sample."""
+    return Growth(
+        key,
+        sample,
+        completion.token_ids,
+        completion.logprobs,
+        completion.alternatives,
+        completion.finish_reason,
+        completion.stop_token_id,
+    )
+
+
+def named(fmt: Format, likely: Alternatives, own_id: int, own: float | None) -> tuple[tuple[str, float], ...]:
+    """Likely tokens by their texts, and the token that is there; of two that read alike the likelier."""
+    found: dict[str, float] = {}
+    for token_id, logprob in likely if own is None or not likely else (*likely, (own_id, own)):
+        found.setdefault(fmt.decode([token_id]) or fmt.tokenizer.token(token_id), logprob)
+    return tuple(found.items())
+
+
+def prompt_tokens(
+    fmt: Format, token_ids: Sequence[int], logprobs: Sequence[float] | None, alternatives: Sequence[Alternatives] | None
+) -> tuple[Token, ...]:
+    """A prompt's tokens as an echo shows them, control tokens by their names; the first has no logprob."""
+    tokens: list[Token] = []
+    growing, offset = GrowingText(fmt.decode), 0
+    for place, token_id in enumerate(token_ids):
+        special = token_id in fmt.tokenizer.special_ids
+        text = fmt.tokenizer.token(token_id) if special else growing.add(token_id)
+        logprob = logprobs[place - 1] if logprobs and place else None
+        top = named(fmt, alternatives[place - 1], token_id, logprob) if alternatives and place else ()
+        tokens.append(Token(token_id, text, offset, logprob, top))
+        offset += len(text)
+    return tuple(tokens)

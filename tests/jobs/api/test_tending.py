@@ -1,0 +1,127 @@
+"""How often a work is tried whose process fails, and what becomes of it then; the process is a fake."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.api import tending
+from jobs.api.config import RoutesConfig
+from jobs.api.database import Database
+from jobs.api.office import Office
+from jobs.api.order import Kind, Mode, UnitUsage, WorkFolder
+from jobs.api.queue import Queue
+from jobs.api.shelf import Shelf
+from jobs.api.submission import new_work, submit
+from jobs.api.tending import MOST_TRIES, Tending
+from serving.tenants.caller import Caller
+from serving.tenants.database import database_address
+from serving.tenants.store import open_store
+from serving.tenants.tables import WorkRow
+from tests.jobs.routed import GATEWAY
+from tests.serving.api.scripted import Scripted
+from tests.serving.tenants.conftest import Clock
+
+DAY = 86_400.0
+
+
+class Failing:
+    """A process that has ended with a traceback as soon as it is looked at."""
+
+    def __init__(self, folder: WorkFolder, mode: Mode) -> None:
+        self._polls = 0
+
+    def poll(self) -> int | None:
+        """The first time it runs still."""
+        self._polls += 1
+        return None if self._polls == 1 else 1
+
+    def stop(self) -> None:
+        """It stops by itself."""
+
+    def end(self) -> None:
+        """It ends by itself."""
+
+
+@pytest.fixture
+def office(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Office]:
+    """Of a gateway whose works' processes fail, at a time that the test says."""
+    monkeypatch.setenv("SPANFILL_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SPANFILL_DATABASE_URL", raising=False)
+    monkeypatch.setattr(tending, "WorkProcess", Failing)
+    with closing(open_store()) as store, closing(Database(database_address(), clock=Clock())) as database:
+        yield Office(
+            queue=Queue(database, unfinished=9),
+            shelf=Shelf(database, tmp_path / "files", most_bytes=1 << 20, most_files=9),
+            add_usage=store.add_usage,
+            gateway=GATEWAY,
+            service=Scripted(),
+            config=RoutesConfig(),
+            holder="here",
+            stopping=threading.Event(),
+        )
+
+
+def queued(office: Office, kind: Kind) -> WorkRow:
+    details: dict[str, Any] = {"endpoint": "/v1/completions", "metadata": None, "kept": DAY, "options": {}}
+    seconds = DAY if kind == "batch" else None
+    work = new_work(kind, Caller("acme", "k"), "demo", "file-x", details, office.queue.clock(), seconds)
+    return submit(work, None, 1.0, office.shelf, office.queue)
+
+
+def tended(office: Office, *, closing: bool = False) -> WorkRow:
+    """The work after it was tried once more, as soon as it may be."""
+    clock = office.queue.clock
+    assert isinstance(clock, Clock)
+    clock.now += 301
+    work = office.queue.claim("here", ["demo"], closing=closing)
+    assert work is not None
+    Tending(office, work).run()
+    return office.queue.find("acme", "batch" if work.kind == "batch" else "job", work.id)
+
+
+def test_a_job_whose_process_always_fails_fails_in_the_end(office: Office) -> None:
+    queued(office, "job")
+    tries = [tended(office) for _ in range(MOST_TRIES)]
+    assert [work.status for work in tries] == ["in_progress"] * (MOST_TRIES - 1) + ["failed"]
+    assert "exit code 1" in tries[-1].told["problem"]["message"]
+
+
+def test_a_job_that_gets_on_in_between_is_tried_again(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    queued(office, "job")
+    monkeypatch.setattr(tending, "finished_units", one_more_each_time())
+    assert [tended(office).tries for _ in range(2 * MOST_TRIES)] == [1] * 2 * MOST_TRIES
+
+
+def one_more_each_time() -> Callable[..., list[UnitUsage]]:
+    """The units of a job of which a part is finished whenever somebody looks."""
+    found = 0
+
+    def finished(_: WorkFolder, known: set[str]) -> list[UnitUsage]:
+        nonlocal found
+        found += 1
+        return [UnitUsage(name=f"0/{unit}", rows=1) for unit in range(found) if f"0/{unit}" not in known]
+
+    return finished
+
+
+def test_a_batch_is_tried_until_its_time_is_over_and_a_few_times_more(office: Office) -> None:
+    work = queued(office, "batch")
+    tried = [tended(office) for _ in range(2 * MOST_TRIES)]
+    assert {work.status for work in tried} == {"validating"}
+    clock = office.queue.clock
+    assert isinstance(clock, Clock)
+    clock.now += DAY
+    ended = tended(office, closing=True)
+    assert (ended.id, ended.status) == (work.id, "failed")
+    assert "exit code 1" in ended.told["errors"][0]["message"]
+
+
+def test_what_nobody_serves_any_more_ends_as_it_was_cut_short(office: Office) -> None:
+    office.service.models = ()  # type: ignore[misc]
+    work = queued(office, "batch")
+    office.queue.cancel("acme", "batch", work.id)
+    assert tended(office, closing=True).status == "cancelled"

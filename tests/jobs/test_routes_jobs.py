@@ -1,0 +1,296 @@
+"""``/v1/jobs`` and ``/v1/usage``: Parquet in, Parquet out, for one's own tenant and from nowhere else."""
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from starlette.testclient import TestClient
+
+from jobs.api.config import RoutesConfig
+from jobs.dispatch import Dispatcher
+from jobs.spec import JobSpec
+from serving.app import AppConfig
+from serving.errors import ConfigError
+from serving.protocol import Completion, MicroBatch, MicroBatchResult, Request, Result, Sampling
+from serving.tenants.caller import Caller
+from serving.tenants.store import open_store
+from serving.tenants.usage import UsageRecord
+from tests.jobs.routed import as_tenant, ended, logs, routed, until, upload
+
+ALLOWED = "s3://allowed/data/"
+SLOW = RoutesConfig(app=AppConfig(model="demo-codegen25", engine="simulated", engine_args={"max_num_seqs": 8}))
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where all state is."""
+    monkeypatch.setenv("SPANFILL_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SPANFILL_DATABASE_URL", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def client() -> Iterator[TestClient]:
+    """Of a gateway that runs nothing."""
+    with routed(RoutesConfig(at_once=0, input_prefixes=(ALLOWED,))) as found:
+        yield found
+
+
+@pytest.fixture
+def instant(cluster: None, checkpoint: Path) -> RoutesConfig:
+    """A gateway whose engine answers at once, in this process's cluster."""
+    return RoutesConfig(app=AppConfig(model=str(checkpoint), engine="instant"))
+
+
+def parquet(**columns: Any) -> bytes:
+    """Columns as a Parquet file."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+def create_job(client: TestClient, data: bytes, **options: Any) -> dict[str, Any]:
+    """Upload rows and make a job of them."""
+    sent = {"input": upload(client, data, purpose="job"), "options": options, "metadata": {"for": "ada"}}
+    answer = client.post("/v1/jobs", json=sent)
+    assert answer.status_code == 200, answer.text
+    told: dict[str, Any] = answer.json()
+    return told
+
+
+def parts_of(client: TestClient, job: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a job's results and errors."""
+    found: dict[str, list[dict[str, Any]]] = {"data": [], "errors": []}
+    for part in client.get(f"/v1/jobs/{job['id']}/results").json()["data"]:
+        answer = client.get(f"/v1/jobs/{job['id']}/results/{part['folder']}/{part['name']}")
+        assert (answer.status_code, len(answer.content)) == (200, part["bytes"])
+        found[part["folder"]] += pq.read_table(io.BytesIO(answer.content)).to_pylist()
+    return found
+
+
+def test_a_new_job_is_told_and_listed(client: TestClient) -> None:
+    told = create_job(client, parquet(prefix=["a"]), max_tokens=8, temperature=0.5, columns={"prefix": "prefix"})
+    assert told["id"].startswith("job_")
+    assert told | {"id": "", "input": "", "created_at": 0} == {
+        "id": "",
+        "object": "job",
+        "status": "queued",
+        "model": "demo",
+        "input": "",
+        "options": {"max_tokens": 8, "temperature": 0.5, "columns": {"prefix": "prefix"}},
+        "metadata": {"for": "ada"},
+        "progress": {
+            "rows": 0, "total_rows": 0, "parts": 0, "total_parts": 0, "rows_per_second": 0.0, "eta_seconds": None,
+            "errors": 0, "error_codes": {},
+        },
+        "usage": {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0},
+        "error": None,
+        "created_at": 0,
+        "started_at": None,
+        "ended_at": None,
+        "expires_at": None,
+    }  # fmt: skip
+    assert client.get(f"/v1/jobs/{told['id']}").json() == told
+    listed = client.get("/v1/jobs").json()
+    assert (listed["data"], listed["first_id"], listed["has_more"]) == ([told], told["id"], False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"engine": "instant"},
+        {"engine_args": {"max_num_seqs": 1}},
+        {"output": "/tmp/x"},
+        {"model": "/etc"},
+        {"tenant": "zeta"},
+        {"replicas": 100},
+        {"overwrite": True},
+        {"order": "global"},
+        {"rows_per_part": 1},
+        {"max_tokens": 0},
+        {"max_tokens": "8"},
+        {"n": 2},
+        {"trim": ["everything"]},
+        {"columns": {"nothing": "x"}},
+        {"task": "score", "max_tokens": 5},
+    ],
+)
+def test_what_is_not_a_tenants_to_choose_is_refused(client: TestClient, options: dict[str, Any]) -> None:
+    file_id = upload(client, parquet(prefix=["a"]), purpose="job")
+    answer = client.post("/v1/jobs", json={"input": file_id, "options": options})
+    assert answer.status_code == 400, answer.text
+    assert client.get("/v1/jobs").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("/etc/passwd", "./x.parquet", "../x", "file:///etc/passwd", "local:///etc", "memory://x", "~/x"),
+        *("http://169.254.169.254/latest/meta-data", "https://intranet/x", "s3://other/x.parquet"),
+        *("s3://allowed/database/x", "s3://allowed/data", "s3://allowed/data/../secret/x"),
+        *(f"{ALLOWED}x?endpoint_override=localhost", f"{ALLOWED}x#y", f"{ALLOWED}x::file:///etc/passwd"),
+        *(f"{ALLOWED}%2e%2e/x", f" {ALLOWED}x", f"{ALLOWED}x\n", ALLOWED.upper()),
+    ],
+)
+def test_addresses_of_the_servers_disk_and_network_are_refused(client: TestClient, address: str) -> None:
+    answer = client.post("/v1/jobs", json={"input": address})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+
+
+@pytest.mark.parametrize("rest", ["x.parquet", "", "a/b/**/*.parquet", "a..b/x"])
+def test_an_address_below_an_allowed_prefix_is_taken(client: TestClient, rest: str) -> None:
+    answer = client.post("/v1/jobs", json={"input": ALLOWED + rest})
+    assert (answer.status_code, answer.json()["input"]) == (200, ALLOWED + rest)
+
+
+def test_a_file_of_another_purpose_or_tenant_is_no_input(client: TestClient) -> None:
+    answer = client.post("/v1/jobs", json={"input": upload(client, b"x")})
+    assert (answer.status_code, "purpose is batch" in answer.text) == (400, True)
+    file_id = upload(client, parquet(prefix=["a"]), purpose="job")
+    assert client.post("/v1/jobs", json={"input": file_id}, headers=as_tenant("zeta")).status_code == 404
+    assert client.post("/v1/jobs", json={"input": file_id, "model": "other"}).status_code == 404
+
+
+def test_other_tenants_jobs_are_not_there(client: TestClient) -> None:
+    job, other = create_job(client, parquet(prefix=["a"])), as_tenant("zeta")
+    path = f"/v1/jobs/{job['id']}"
+    part = f"{path}/results/data/part-00000-0123456789ab.parquet"
+    for answer in (
+        *(client.get(place, headers=other) for place in (path, f"{path}/results", part)),
+        client.post(f"{path}/cancel", headers=other),
+        client.delete(path, headers=other),
+        client.get("/v1/jobs", params={"after": job["id"]}, headers=other),
+    ):
+        assert answer.status_code == 404
+    assert client.get("/v1/jobs", headers=other).json()["data"] == []
+    assert client.get(path).json()["status"] == "queued"
+
+
+@pytest.mark.parametrize("name", ["..%2f..%2forder.json", "data/..%2f..%2f..%2forder.json", "data/job.json"])
+def test_a_parts_name_leads_nowhere_else(client: TestClient, name: str) -> None:
+    job = create_job(client, parquet(prefix=["a"]))
+    assert client.get(f"/v1/jobs/{job['id']}/results/{name}").status_code in (400, 404)
+
+
+def test_a_job_that_has_not_ended_is_not_deleted_and_a_cancelled_one_ends(client: TestClient) -> None:
+    job = create_job(client, parquet(prefix=["a"]))
+    path = f"/v1/jobs/{job['id']}"
+    assert client.delete(path).status_code == 400
+    assert client.post(f"{path}/cancel").json()["status"] == "cancelling"
+    with routed(RoutesConfig()) as other:
+        told = ended(other, path)
+        assert (told["status"], told["error"]) == ("cancelled", None)
+        assert told["expires_at"] == pytest.approx(told["ended_at"] + 30 * 86_400, abs=1)
+    assert client.delete(path).json() == {"id": job["id"], "object": "job", "deleted": True}
+    assert client.get(path).status_code == 404
+
+
+@pytest.mark.engine
+def test_a_job_comes_out_as_spanfill_run_writes_it(instant: RoutesConfig, home: Path) -> None:
+    count = 2_500
+    data = parquet(
+        prefix=[None if number == 7 else f"def f{number}(" for number in range(count)],
+        suffix=["\n"] * count,
+        extra=list(range(count)),
+    )
+    with routed(instant) as client:
+        job = create_job(client, data, max_tokens=4, rows_per_part=1_000)
+        told = ended(client, f"/v1/jobs/{job['id']}")
+        assert told["status"] == "completed", (told, logs())
+        found = parts_of(client, job)
+        usage = client.get("/v1/usage", params={"job": job["id"], "by": "job"}).json()["data"]
+        assert client.delete(f"/v1/jobs/{job['id']}").status_code == 200
+    assert [row["extra"] for row in found["data"]] == [number for number in range(count) if number != 7]
+    (error,) = found["errors"]
+    assert (error["extra"], error["source_file"], error["source_row"]) == (7, "input.parquet", 7)
+    assert (told["progress"]["rows"], told["progress"]["total_rows"], told["progress"]["parts"]) == (count, count, 3)
+    assert told["progress"]["error_codes"] == {"bad_input": 1}
+    sums = {name: sum(row[name] for row in found["data"]) for name in ("prompt_tokens", "completion_tokens")}
+    assert told["usage"] | sums == told["usage"]
+    assert usage[0] | told["usage"] | {"requests": count - 1} == usage[0]
+    (works,) = home.glob("files/*/works")
+    assert list(works.iterdir()) == []
+
+
+@pytest.mark.engine
+def test_a_job_that_cannot_run_says_why_without_the_servers_paths(instant: RoutesConfig, home: Path) -> None:
+    with routed(instant) as client:
+        jobs = [create_job(client, data) for data in (b"this is no Parquet", parquet(other=["a"]))]
+        told = [ended(client, f"/v1/jobs/{job['id']}") for job in jobs]
+    assert [one["status"] for one in told] == ["failed", "failed"]
+    assert "input.parquet is no readable Parquet file" in told[0]["error"]["message"]
+    assert "column prefix is missing" in told[1]["error"]["message"]
+    for one in told:
+        assert one["error"]["code"] == "bad_input"
+        assert str(home) not in one["error"]["message"]
+
+
+@pytest.mark.engine
+def test_finished_parts_of_a_cancelled_job_stay(cluster: None) -> None:
+    with routed(SLOW) as client:
+        job = create_job(
+            client, parquet(prefix=[f"def f{n}(" for n in range(4_000)]), max_tokens=16, rows_per_part=1_000
+        )
+        path = f"/v1/jobs/{job['id']}"
+        until(lambda: client.get(f"{path}/results").json()["data"])
+        running = client.get(path).json()
+        client.post(f"{path}/cancel")
+        told = ended(client, path)
+        found = parts_of(client, job)
+    assert running["status"] == "in_progress"
+    assert running["progress"]["total_rows"] == 4_000
+    assert told["status"] == "cancelled"
+    assert 1_000 <= len(found["data"]) < 4_000
+    assert told["usage"]["completion_tokens"] == sum(row["completion_tokens"] for row in found["data"])
+
+
+def test_usage_is_ones_own_unless_one_is_an_admin(client: TestClient) -> None:
+    now = datetime(2026, 11, 25, 12, tzinfo=UTC).timestamp()
+    store = open_store()
+    for tenant in ("acme", "zeta"):
+        record = UsageRecord(tenant, f"key-of-{tenant}", "demo", 10, 4, 5, now)
+        store.add_usage(tenant, [(1, record)])
+    store.close()
+
+    def seen(caller: str, **params: str) -> Any:
+        answer = client.get("/v1/usage", params=params, headers=as_tenant(caller))
+        return [line["tenant"] for line in answer.json()["data"]] if answer.status_code == 200 else answer.status_code
+
+    assert seen("acme") == seen("acme", tenant="acme") == seen("acme/admin") == ["acme"]
+    assert seen("acme", tenant="zeta") == seen("acme", tenant="nobody") == seen("acme", tenant="*") == 403
+    assert seen("acme/admin", tenant="zeta") == ["zeta"]
+    assert seen("acme/admin", tenant="*") == ["acme", "zeta"]
+    assert seen("acme/admin", tenant="nobody") == []
+    assert seen("acme", since="2026-11-26") == seen("acme", until="2026-11-24") == seen("acme", job="job_x") == []
+    assert seen("acme", by="weather") == seen("acme", since="soon") == seen("acme", key="a b") == 400
+    line = client.get("/v1/usage").json()["data"][0]
+    assert line == {
+        "tenant": "acme", "day": "2026-11-25", "model": "demo", "key": "key-of-acme", "job": "", "prompt_tokens": 10,
+        "cached_tokens": 4, "completion_tokens": 5, "requests": 1,
+    }  # fmt: skip
+
+
+def test_a_tenants_rows_keep_to_its_own_prefix_cache() -> None:
+    salts: list[str | None] = []
+
+    async def call(batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
+        salts.append(batch.cache_salt)
+        yield MicroBatchResult("r", tuple(Result(r.key, (Completion([1], "stop", 7),)) for r in batch.requests))
+
+    async def main(tenant: str | None) -> None:
+        spec = JobSpec(input="in", output="out", tenant=tenant)
+        sent = Dispatcher(call, max_attempts=3, cache_salt=spec.cache_salt)
+        async for _ in sent.send([Request(0, [1])], Sampling(4)):
+            pass
+
+    for tenant in ("acme", "zeta", None):
+        asyncio.run(main(tenant))
+    assert salts == [Caller("acme", "k").cache_salt, Caller("zeta", "k").cache_salt, None]
+    with pytest.raises(ConfigError, match="tenant"):
+        JobSpec.parse({"input": "in", "output": "out", "tenant": "a/b"})

@@ -1,0 +1,78 @@
+"""The whole application: what it describes of itself, and that it does nothing else, whatever is sent."""
+
+from typing import Any
+
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from starlette.testclient import TestClient
+
+from serving.api.application import application
+from serving.api.door import Door
+from serving.errors import AuthenticationError
+from serving.tenants.caller import Caller
+from tests.serving.api.house import House
+
+KEY = {"Authorization": "Bearer right"}
+OPERATION = ("/health", "/metrics")
+
+
+async def find(key: str) -> Caller:
+    """One key is known."""
+    if key != "right":
+        raise AuthenticationError("the key is not valid.", remedy="Send another.")
+    return Caller("acme", "k1")
+
+
+def app_of(*, healthy: bool = True) -> FastAPI:
+    """The application on an instant engine."""
+    house = House()
+    return application(house.service, Door(find), house.metrics, is_healthy=lambda: healthy)
+
+
+schema = schemathesis.openapi.from_asgi("/openapi.json", app_of())
+
+
+@schema.parametrize()
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+def test_no_request_is_answered_otherwise_than_described(case: "schemathesis.Case[Any]") -> None:
+    """Valid data may be refused: that a text fits its context no schema can say."""
+    case.call_and_validate(headers=KEY, excluded_checks=[positive_data_acceptance])
+
+
+def test_health_says_whether_an_engine_answers() -> None:
+    for healthy, status, word in ((True, 200, "ok"), (False, 503, "loading model")):
+        answer = TestClient(app_of(healthy=healthy)).get("/health")
+        assert (answer.status_code, answer.json()) == (status, {"status": word})
+
+
+def test_metrics_are_prometheus() -> None:
+    client = TestClient(app_of())
+    client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers=KEY)
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'spanfill_requests_total{route="/v1/completions",status="200"} 1.0' in answer.text
+    assert 'spanfill_tokens_total{kind="prompt"} 1.0' in answer.text
+
+
+def test_every_route_but_the_operators_asks_for_a_key_and_says_so() -> None:
+    app = app_of()
+    description, client = app.openapi(), TestClient(app)
+    for path, operations in description["paths"].items():
+        for method, operation in operations.items():
+            assert bool(operation.get("security")) == (path not in OPERATION), path
+            if path not in OPERATION:
+                body = {"model": "demo", "prompt": "a", "input_prefix": "", "input_suffix": ""}
+                answer = client.request(method, path, json=body if method == "post" else None)
+                assert answer.status_code == 401, path
+
+
+def test_every_error_of_the_description_has_its_shape() -> None:
+    for path, operations in app_of().openapi()["paths"].items():
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                assert response["description"]
+                if int(status) >= 400:
+                    (content,) = response["content"].values()
+                    assert "$ref" in content["schema"], (path, status)
