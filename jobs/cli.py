@@ -409,7 +409,9 @@ def demo(
 @app.command(epilog="Example: spanfill tune --input pairs.parquet --model demo-codegen25 --output engine.yaml")
 def tune(
     input: Annotated[str | None, typer.Option(help="Parquet file, folder, glob or URI.")] = None,  # noqa: A002
-    output: Annotated[Path, typer.Option(help="The YAML file to write, for `run --job`.")] = Path("engine.yaml"),
+    output: Annotated[
+        Path, typer.Option(help="The YAML file to write, for `run --job`.", dir_okay=False, writable=True)
+    ] = Path("engine.yaml"),
     job: Annotated[Path | None, typer.Option(help="A YAML file of the options of run; flags win over it.")] = None,
     rows: Annotated[int, typer.Option(help="Rows of the sample.", min=2)] = 256,
     minutes: Annotated[float, typer.Option(help="Begin no trial after so long.", min=0)] = 15.0,
@@ -452,8 +454,8 @@ def tune(
 
 @bench.command(name="feed", epilog="Example: spanfill bench feed --rows 50000 --json")
 def bench_feed(
-    rows: Annotated[int, typer.Option(help="Rows; few are prepared while engines start.", min=1)] = 200_000,
-    row_bytes: Annotated[int, typer.Option(help="Bytes of prefix and suffix together.", min=16)] = 2_048,
+    rows: Annotated[int, typer.Option(help="Rows; 60,000 at most are prepared while engines start.", min=1)] = 200_000,
+    row_bytes: Annotated[int, typer.Option(help="Bytes of prefix and suffix together.", min=16, max=1 << 20)] = 2_048,
     replicas: Annotated[int, typer.Option(help="Instant engines.", min=1)] = 1,
     feeders: Annotated[int, typer.Option(help="Processes that read and write, as for run.", min=1)] = 2,
     json_: Json = False,

@@ -63,13 +63,14 @@ def tune(
     length = job.engine.max_model_len
     with tempfile.TemporaryDirectory(prefix="spanfill-tune-") as folder:
         sample = Path(folder, "rows.parquet")
-        pq.write_table(sample_rows(job, rows), sample)
+        rows_to_try = sample_rows(job, rows)
+        pq.write_table(rows_to_try, sample)
         return search(
             lambda settings: _run(spec, sample, settings, watcher),
             [knob for knob in knobs if gpu or not knob.gpu_only],
             spec.engine_args,
             late=lambda: clock() >= deadline,
-            fits=lambda settings: makes_sense(settings, rows=rows, max_model_len=length, chunked=gpu),
+            fits=lambda settings: makes_sense(settings, rows=rows_to_try.num_rows, max_model_len=length, chunked=gpu),
             defaults={} if gpu or spec.engine != "vllm" else _cpu_defaults(length),
             tell=tell,
         )

@@ -31,7 +31,7 @@ from jobs.heldout import HELD_OUT
 from jobs.pairs import draw_spans, standard_library
 from serving.formats import load_format
 from serving.models import resolve_model
-from tests.benchmarks.output import check_files, console, publish_json
+from tests.benchmarks.output import check_files, console, positive, publish_json
 from tests.benchmarks.peers.machine import machine, versions
 
 MODEL = "demo-codegen25"
@@ -215,10 +215,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="spanfill bench align", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--spans", type=int, nargs="+", default=[20, 100])
-    parser.add_argument("--align", type=int, nargs="+", default=[1, 64, 256, 512], help="the first is the base")
-    parser.add_argument("--rows", type=int, default=520, help="rows of one table at most")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each line; rates are their medians")
+    parser.add_argument("--spans", type=positive, nargs="+", default=[20, 100])
+    parser.add_argument("--align", type=positive, nargs="+", default=[1, 64, 256, 512], help="the first is the base")
+    parser.add_argument("--rows", type=positive, default=520, help="rows of one table at most")
+    parser.add_argument("--rounds", type=positive, default=2, help="runs of each line; rates are their medians")
     parser.add_argument("--json", type=Path, help="written after every run")
     parser.add_argument("--plot", type=Path, help="an .svg or .png file")
     asked = parser.parse_args()

@@ -33,7 +33,7 @@ from serving.batching import Scheduler, Sequence
 from serving.config import RooflineConfig
 from serving.protocol import BATCH_PRIORITY
 from serving.steady import Load, batch_size, steady_rows_per_second
-from tests.benchmarks.output import console, publish_json
+from tests.benchmarks.output import above_zero, console, positive, publish_json
 
 H100 = RooflineConfig()
 ROW_BYTES, MAX_TOKENS = 2_048, 64
@@ -214,13 +214,13 @@ def shown(lines: list[dict[str, Any]]) -> Table:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicas", type=int, nargs="*", default=[])
-    parser.add_argument("--study", type=int, nargs="*", default=[])
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--feeders", type=int, default=2)
-    parser.add_argument("--feed", type=float, default=5_000.0, help="rows/s that come to the lanes of the study")
+    parser.add_argument("--replicas", type=positive, nargs="*", default=[])
+    parser.add_argument("--study", type=positive, nargs="*", default=[])
+    parser.add_argument("--seconds", type=above_zero, default=60.0)
+    parser.add_argument("--feeders", type=positive, default=2)
+    parser.add_argument("--feed", type=above_zero, default=5_000.0, help="rows/s that come to the lanes of the study")
     parser.add_argument("--call", type=float, default=0.02, help="seconds of a call's way to a replica and back")
-    parser.add_argument("--slowest", type=float, default=1.0)
+    parser.add_argument("--slowest", type=above_zero, default=1.0)
     parser.add_argument("--long", type=float, default=0.0, help="share of rows with long prompts in the study")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()

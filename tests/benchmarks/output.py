@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,20 @@ from jobs.store import locate, publish_bytes
 
 PLOT_SUFFIXES = (".svg", ".png")
 REDIRECTED_WIDTH = 150
+
+
+def positive(text: str) -> int:
+    """The type of an argument that counts something; raises what argparse tells of."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """The type of an argument of seconds, rates and shares of a speed; raises what argparse tells of."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
 
 
 def check_files(parser: argparse.ArgumentParser, json_file: Path | None, plot: Path | None) -> None:

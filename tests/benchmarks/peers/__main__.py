@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.truncation import DEFAULT_PREFIX_ALIGN
-from tests.benchmarks.output import check_files, console, publish_json
+from tests.benchmarks.output import check_files, console, positive, publish_json
 from tests.benchmarks.peers.begun import Rounds, begun
 from tests.benchmarks.peers.check import PAIR, compare
 from tests.benchmarks.peers.contestant import CONTESTANTS
@@ -62,16 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--input", choices=list(INPUTS), default="spans100")
     add("--contestants", type=lambda text: text.split(","), default=list(CONTESTANTS), help=", ".join(CONTESTANTS))
-    add("--rounds", type=int, default=3)
-    add("--rows", type=int, help=f"rows at most; few hold fewer files [default: {ROWS:,}; of humaneval all]")
+    add("--rounds", type=positive, default=3)
+    add("--rows", type=positive, help=f"rows at most; few hold fewer files [default: {ROWS:,}; of humaneval all]")
     add("--seed", type=int, default=0, help="which files, spans and order of the rows")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    add("--context", type=int, default=1_100)
-    add("--max-tokens", type=int, default=16)
-    add("--kv-cache-gib", type=int, default=1)
-    add("--block-size", type=int, default=128, help="of the ideal cached share; vLLM's CPU build has 128")
-    add("--align", type=int, default=DEFAULT_PREFIX_ALIGN, help="of those that align [default: spanfill's]")
-    add("--transformers-rows", type=int, default=20)
+    add("--context", type=positive, default=1_100)
+    add("--max-tokens", type=positive, default=16)
+    add("--kv-cache-gib", type=positive, default=1)
+    add("--block-size", type=positive, default=128, help="of the ideal cached share; vLLM's CPU build has 128")
+    add("--align", type=positive, default=DEFAULT_PREFIX_ALIGN, help="of those that align [default: spanfill's]")
+    add("--transformers-rows", type=positive, default=20)
     add("--timeout", type=float, default=7_200.0, help="seconds of one contestant in one round")
     add("--check", action="store_true", help="compare spanfill's outputs with bare vLLM's in float32 instead")
     add("--json", type=Path, help="the report with every round's figures")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.pairs import draw_spans, standard_library
-from serving.errors import InputError, SpanfillError
+from serving.errors import SpanfillError
 from serving.formats import load_format
 from tests.benchmarks.peers.setting import Setting
 
@@ -149,9 +149,3 @@ INPUTS: dict[str, Callable[[random.Random], Iterator[Row]]] = {
     "humaneval": _humaneval,
     "unshared": _unshared,
 }
-
-
-def check_name(name: str) -> None:
-    """Raise ``InputError`` for an input that is not there."""
-    if name not in INPUTS:
-        raise InputError(f"{name} is no input.", remedy=f"Inputs: {', '.join(INPUTS)}.")
