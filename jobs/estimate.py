@@ -217,6 +217,8 @@ def parse_prices(texts: Sequence[str], gpus: Sequence[Gpu]) -> dict[str, float] 
     if not texts:
         return None
     named = {find_gpu(name).name: _price(text) for name, _, text in (t.rpartition("=") for t in texts) if name}
+    if unused := sorted(named.keys() - {gpu.name for gpu in gpus}):
+        raise ConfigError(f"--price {unused[0]} is of a GPU that is not shown.", remedy=f"Add --gpu {unused[0]}.")
     common = [_price(text) for text in texts if "=" not in text]
     if len(common) > 1:
         raise ConfigError("--price is given twice for all GPUs.", remedy="Write --price NAME=PRICE for each GPU.")

@@ -137,7 +137,7 @@ def _measured(server: Server, folder: Path, options: argparse.Namespace) -> dict
     warm = make_load(2.0, 5.0, options.max_tokens, options.chars, options.seed + 1)
     asyncio.run(send(server.url, warm))
     first = engines.read()
-    alone = asyncio.run(send(server.url, load))
+    alone = asyncio.run(send(server.url, load.headed("# 1")))
     people = Window.between(first, engines.read())
     with running_job(server, folder, options) as process:
         before = engines.read()
@@ -147,7 +147,7 @@ def _measured(server: Server, folder: Path, options: argparse.Namespace) -> dict
         time.sleep(options.seconds)
         job = Window.between(first, engines.read())
         first = engines.read()
-        beside = asyncio.run(send(server.url, load))
+        beside = asyncio.run(send(server.url, load.headed("# 2")))
         last = engines.read()
         both = Window.between(first, last)
         if process.poll() is not None:

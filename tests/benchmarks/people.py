@@ -5,7 +5,7 @@ import itertools
 import json
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 
@@ -28,6 +28,10 @@ class Load:
     prompts: list[tuple[str, str]]
     moments: list[float]
     max_tokens: int
+
+    def headed(self, line: str) -> "Load":
+        """The same under a first line of its own: no prompt finds what the prefix cache holds of another one's."""
+        return replace(self, prompts=[(f"{line}\n{prefix}", suffix) for prefix, suffix in self.prompts])
 
 
 def make_load(rate: float, seconds: float, max_tokens: int, chars: int, seed: int) -> Load:

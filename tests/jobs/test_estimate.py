@@ -126,6 +126,7 @@ def test_a_model_that_does_not_fit_is_a_line_that_says_why(rows: Path) -> None:
         (["--price", "H100=-1"], "--price -1 is no price"),
         (["--price", "nan"], "--price nan is no price"),
         (["--price", "TPU=2"], "GPU TPU is unknown"),
+        (["--gpu", "H100", "--price", "H200=3"], "--price H200 is of a GPU that is not shown. Add --gpu H200."),
         (["--price", "1", "--price", "2"], "--price is given twice"),
         (["--fraction", "0"], "--fraction 0 is no share"),
         (["--fraction", "nan"], "--fraction nan is no share"),
