@@ -101,9 +101,9 @@ class Feeder:
         """Begin to call the application's replicas."""
         from ray import serve
 
-        handle = serve.get_deployment_handle(deployment, app_name=app).options(
-            stream=True, _by_reference=False, request_serialization="pickle", response_serialization="pickle"
-        )
+        from serving.router import streamed
+
+        handle = streamed(serve.get_deployment_handle(deployment, app_name=app))
 
         def call(batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
             results: AsyncIterator[MicroBatchResult] = handle.generate.remote(batch)

@@ -29,28 +29,10 @@ def completion_of(output: Any, sampling: Sampling) -> Completion:
 def growth_of(key: int, sample: int, output: Any, sampling: Sampling, watch: StopWatch | None) -> Growth:
     """One of vLLM's deltas, cut where the watch needs no more of it."""
     seen = watch.seen if watch else 0
-    completion = completion_of(output, sampling)
+    completion, ends = completion_of(output, sampling), output.outputs[0].finish_reason is not None
     if watch is not None and watch.add(completion.token_ids) is not None:
-        completion = clip(completion, watch, seen)
-    elif output.outputs[0].finish_reason is None:
-        return Growth(
-            key,
-            sample,
-            completion.token_ids,
-            completion.logprobs,
-            completion.alternatives,
-            cached_tokens=output.num_cached_tokens or 0,
-        )
-    return Growth(
-        key,
-        sample,
-        completion.token_ids,
-        completion.logprobs,
-        completion.alternatives,
-        completion.finish_reason,
-        completion.stop_token_id,
-        output.num_cached_tokens or 0,
-    )
+        completion, ends = clip(completion, watch, seen), True
+    return Growth.of(key, sample, completion, output.num_cached_tokens or 0, ends=ends)
 
 
 def logprobs_of(steps: Sequence[Mapping[int, Any]], token_ids: Sequence[int]) -> list[float]:

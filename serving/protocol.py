@@ -152,6 +152,15 @@ class Growth:
     error_code: str | None = None
     error_message: str | None = None
 
+    @classmethod
+    def of(
+        cls, key: int, sample: int, completion: Completion, cached_tokens: int = 0, *, ends: bool = True
+    ) -> "Growth":
+        """What a sample grew by as a completion of its own; it goes on where it does not end."""
+        reason = completion.finish_reason if ends else None
+        grown = (completion.token_ids, completion.logprobs, completion.alternatives)
+        return cls(key, sample, *grown, reason, completion.stop_token_id, cached_tokens)
+
     def __reduce__(self) -> tuple[type["Growth"], tuple[Any, ...]]:
         grown = (self.key, self.sample, self.token_ids, self.logprobs, self.alternatives, self.finish_reason)
         return Growth, (*grown, self.stop_token_id, self.cached_tokens, self.error_code, self.error_message)

@@ -1,7 +1,8 @@
-"""Which replica answers a call: the one of the lane that its first argument names, whose prefix cache is met again."""
+"""How calls reach replicas: as streams, at the lane that the first argument names, whose prefix cache is met again."""
 
 import random
 
+from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from serving.protocol import MicroBatch
@@ -20,6 +21,13 @@ class LaneRouter(RequestRouter):  # type: ignore[misc]
             return [some]
         replicas = sorted(candidate_replicas, key=lambda replica: replica.replica_id.unique_id)
         return [[replicas[lane % len(replicas)]], some]
+
+
+def streamed(handle: DeploymentHandle) -> DeploymentHandle:
+    """The handle for calls whose answers come in parts, over gRPC: past Ray's object store."""
+    return handle.options(
+        stream=True, _by_reference=False, request_serialization="pickle", response_serialization="pickle"
+    )
 
 
 def _lane(pending: PendingRequest | None) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
+from serving.api.gateway import LOOK_SECONDS
 from tests.server import Server
 
 MODEL = "demo-codegen25"
@@ -14,9 +15,6 @@ PREFIX = "def add(a, b):\n    return "
 SUFFIX = "\n\n\ndef sub(a, b):\n    return a - b\n"
 INFILL: dict[str, Any] = {"model": MODEL, "prompt": PREFIX, "suffix": SUFFIX, "max_tokens": 24, "temperature": 0}
 """A request that all kinds of clients can make, each in its own words."""
-
-LOOK_SECONDS = 2.0
-"""How often a gateway reads the engines."""
 
 
 @dataclass(frozen=True)

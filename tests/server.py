@@ -9,15 +9,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
+import ray
 
 START_SECONDS = 240.0
 STOP_SECONDS = 60.0
 AUTH = "RAY_AUTH_MODE"
+GATEWAY = "ray::ServeReplica:spanfill:Gateway"
+"""What a gateway's process is called."""
+
 JOINED_BY = re.compile(r"(RAY_\w+)=(\S+)")
 
 
@@ -58,6 +63,20 @@ class Server:
         key: str = json.loads(self.command("tenants", "create", name, *options, "--json"))["key"]
         return key
 
+    def tree(self) -> list[psutil.Process]:
+        """Its process and all that it started, as they are now."""
+        mine = psutil.Process(self.process.pid)
+        return [mine, *mine.children(recursive=True)]
+
+    def called(self, title: str) -> list[psutil.Process]:
+        """Those of its processes in whose command line that stands."""
+        found = []
+        for process in self.tree():
+            with suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
     def reading(self, name: str) -> float:
         """One of the engines' sums, as a gateway has read it within its last two seconds."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
@@ -83,17 +102,34 @@ def running_server(folder: Path, *arguments: str, env: Mapping[str, str] | None 
     command = [sys.executable, "-m", "jobs.cli", "serve", "--port", str(port), *arguments]
     # Not in the folder: the path of a Unix socket has a hundred characters at most.
     with (
-        tempfile.TemporaryDirectory(prefix="sf-", dir="/tmp", ignore_cleanup_errors=True) as ray,
+        tempfile.TemporaryDirectory(prefix="sf-", dir="/tmp", ignore_cleanup_errors=True) as scratch,
         log.open("wb") as out,
     ):
-        own = {"SPANFILL_HOME": str(home), "RAY_TMPDIR": ray, AUTH: "disabled"}
+        own = {"SPANFILL_HOME": str(home), "RAY_TMPDIR": scratch, AUTH: "disabled"}
         process = subprocess.Popen(command, env=os.environ | own | dict(env or {}), stdout=out, stderr=out)
-        server = Server(f"http://127.0.0.1:{port}", home, log, Path(ray), process)
+        server = Server(f"http://127.0.0.1:{port}", home, log, Path(scratch), process)
         try:
             _wait(server)
             yield server
         finally:
             _end(process)
+
+
+@contextmanager
+def joined(server: Server) -> Iterator[None]:
+    """This process is in the server's Ray."""
+    ray.init(address=server.job_environment["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def is_healthy(url: str) -> bool:
+    """Whether a server answers that all is well."""
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health", timeout=30).status_code == 200
+    return False
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -110,14 +146,7 @@ def _wait(server: Server) -> None:
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise RuntimeError(f"the server ended with {server.process.returncode}: {server.told[-2_000:]}")
-        if _is_healthy(server.url) and JOINED_BY.search(server.told):
+        if is_healthy(server.url) and JOINED_BY.search(server.told):
             return
         time.sleep(0.25)
     raise TimeoutError(f"the server is not healthy after {START_SECONDS:g} s: {server.told[-2_000:]}")
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False

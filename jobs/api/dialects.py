@@ -19,7 +19,6 @@ Sent = TypeVar("Sent", bound=BaseModel)
 JOB_DECODING = ("temperature", "top_p")
 """The fields of ``Decoding`` that a job knows."""
 
-MOST_TEMPERATURE = 10.0
 WHOLE_REMEDY = "Leave it out, or send the request by itself."
 
 
@@ -110,8 +109,6 @@ def check_ask(ask: Ask, fmt: Format, context: int) -> None:
 def _check_lengths(ask: Ask, fmt: Format, context: int) -> None:
     if ask.max_tokens < 1:
         raise UsageError("max_tokens is 0, which generates nothing.", remedy="Ask for 1 at least.")
-    if ask.decoding.temperature > MOST_TEMPERATURE:
-        raise UsageError(f"temperature is above {MOST_TEMPERATURE:g}.", remedy="Lower it.")
     if ask.n > 1 and ask.decoding.temperature == 0:
         raise UsageError("n > 1 at temperature 0 would repeat one completion.", remedy="Set temperature, or n to 1.")
     if ask.suffix is not None and not fmt.can_infill:

@@ -23,6 +23,7 @@ from serving.config import Frozen
 from serving.formats import load_format
 from serving.models import Model
 from serving.protocol import EngineInfo, EngineStats
+from serving.router import streamed
 from serving.tenants.caller import Caller
 from serving.tenants.desk import Desk
 from serving.tenants.directory import Directory
@@ -138,9 +139,7 @@ class Gateway:
         self, replicas: DeploymentHandle, config: GatewayConfig, model: ServedModel, application: AppConfig
     ) -> None:
         self._config, self._model, self._application = config, model, application
-        streamed = replicas.options(
-            stream=True, _by_reference=False, request_serialization="pickle", response_serialization="pickle"
-        )
+        calls = streamed(replicas)
         self._metrics = Metrics()
         self._watch = Watch(replicas, config.replicas, self._metrics)
         self._watching: asyncio.Task[None] | None = None
@@ -149,7 +148,7 @@ class Gateway:
         self._directory = Directory(self._store.known)
         self._meter = await asyncio.to_thread(open_meter, self._store)
         fmt = await asyncio.to_thread(load_format, config.format, tokenizer_of=config.tokenizer)
-        engines = Engines(model, fmt, config.tokenizer, streamed.generate.remote, streamed.stream.remote)
+        engines = Engines(model, fmt, config.tokenizer, calls.generate.remote, calls.stream.remote)
         self._service = FleetService(engines, self._desk, self._used, self._metrics)
 
     def _used(self, caller: Caller, model: str, usage: Usage) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from serving.api.ask import Timing, Usage
 from serving.api.prompts import Rendered
 from serving.tenants.caller import Caller
-from serving.tenants.tickets import Demand, Ticket, Used
+from serving.tenants.tickets import Demand, Ticket
 
 
 @dataclass
@@ -40,11 +40,6 @@ class Served:
         prompt = sum(len(r.token_ids) for r in self.rendered)
         samples = sum(r.ask.n for r in self.rendered) / max(1, len(self.rendered))
         return Usage(prompt, self.completion_tokens, min(prompt, round(sum(self.cached.values()) / max(1, samples))))
-
-    @property
-    def used(self) -> Used:
-        """As its limits count it."""
-        return Used(self.usage.prompt_tokens, self.usage.completion_tokens)
 
     @property
     def timing(self) -> Timing:

@@ -14,7 +14,7 @@ from serving.api.edge import noted
 from serving.api.metrics import Metrics
 from serving.api.prompts import Rendered, render, request_of, sampling_of, visible
 from serving.api.served import Served, demand_of
-from serving.api.writing import Writing, grown, prompt_tokens
+from serving.api.writing import Writing, prompt_tokens
 from serving.errors import EngineDeadError, EngineError, LimitError, ModelNotFoundError, SpanfillError, UsageError
 from serving.formats import Format
 from serving.protocol import INTERACTIVE_PRIORITY, Growth, MicroBatch, MicroBatchResult, Result
@@ -132,7 +132,7 @@ class FleetService:
         choices = []
         for sample, completion in enumerate(result.completions):
             writing = self._writing(ask, sample, len(head))
-            piece = writing.add(grown(result.key, sample, completion))
+            piece = writing.add(Growth.of(result.key, sample, completion))
             assert piece is not None
             assert piece.reason is not None
             served.completion_tokens += writing.count
@@ -219,8 +219,8 @@ class FleetService:
             served.failed = True
             raise
         finally:
-            self._desk.leave(ticket, served.used)
             usage = served.usage
+            self._desk.leave(ticket, Used(usage.prompt_tokens, usage.completion_tokens))
             if usage.total_tokens:
                 self._meter(caller, model, usage)
                 self._metrics.used(usage)

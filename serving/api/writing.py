@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from serving.api.ask import Piece, Reason, Token
 from serving.formats import Format
-from serving.protocol import Alternatives, Completion, Growth
+from serving.protocol import Alternatives, Growth
 from serving.stopping import GrowingText, find_cut
 
 REASONS: dict[str, Reason] = {"eom": "eom", "eos": "eos", "length": "length", "stop": "stop"}
@@ -109,19 +109,6 @@ class Writing:
             stop += 1
         self._told = stop
         return tuple(self._tokens[start:stop])
-
-
-def grown(key: int, sample: int, completion: Completion) -> Growth:
-    """A whole completion as the one growth of its sample."""
-    return Growth(
-        key,
-        sample,
-        completion.token_ids,
-        completion.logprobs,
-        completion.alternatives,
-        completion.finish_reason,
-        completion.stop_token_id,
-    )
 
 
 def named(fmt: Format, likely: Alternatives, own_id: int, own: float | None) -> tuple[tuple[str, float], ...]:

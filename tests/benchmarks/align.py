@@ -10,7 +10,6 @@ infills, and bits per byte of the true line by transformers in float32, given th
 matches and bits are taken row by row against the first alignment and stand with their standard error.
 """
 
-import argparse
 import math
 import random
 import shlex
@@ -31,7 +30,7 @@ from jobs.heldout import HELD_OUT
 from jobs.pairs import draw_spans, standard_library
 from serving.formats import load_format
 from serving.models import resolve_model
-from tests.benchmarks.output import check_files, console, positive, publish_json
+from tests.benchmarks.output import check_files, console, parser_of, positive, publish_json
 from tests.benchmarks.peers.machine import machine, versions
 
 MODEL = "demo-codegen25"
@@ -212,9 +211,7 @@ def plot(tables: dict[int, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="spanfill bench align", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("align", __doc__)
     parser.add_argument("--spans", type=positive, nargs="+", default=[20, 100])
     parser.add_argument("--align", type=positive, nargs="+", default=[1, 64, 256, 512], help="the first is the base")
     parser.add_argument("--rows", type=positive, default=520, help="rows of one table at most")

@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import ray
 from ray import serve
 from rich.table import Table
 
 from serving.app import APP, DEPLOYMENT
 from serving.formats import load_format
 from serving.protocol import INTERACTIVE_PRIORITY, MicroBatch, Request, Sampling
-from tests.benchmarks.output import check_files, console, publish_json
-from tests.benchmarks.people import make_load
-from tests.server import Server, running_server
+from serving.router import streamed
+from tests.benchmarks.output import above_zero, check_files, console, parser_of, positive, publish_json
+from tests.benchmarks.people import asked_of, make_load
+from tests.server import Server, joined, running_server
 
 MODEL = "demo-codegen25"
 Pair = tuple[str, str]
@@ -63,9 +63,7 @@ def by_http(client: httpx.AsyncClient, max_tokens: int) -> Ask:
 def by_handle(max_tokens: int) -> Ask:
     """The same request by the replica's handle, rendered beforehand as a job does it."""
     fmt = load_format("codegen25")
-    handle = serve.get_deployment_handle(DEPLOYMENT, app_name=APP).options(
-        stream=True, _by_reference=False, request_serialization="pickle", response_serialization="pickle"
-    )
+    handle = streamed(serve.get_deployment_handle(DEPLOYMENT, app_name=APP))
     sampling = Sampling(max_tokens, ignore_eos=True)
     rendered: dict[Pair, list[int]] = {}
 
@@ -125,8 +123,7 @@ async def overhead(server: Server, key: str, options: argparse.Namespace) -> dic
 
 async def stream_once(client: httpx.AsyncClient, pair: Pair, max_tokens: int, into: Streams) -> None:
     """One stream from its beginning to its end."""
-    body = {"prompt": pair[0], "suffix": pair[1], "max_tokens": max_tokens, "temperature": 0, "stream": True}
-    body |= {"stream_options": {"include_usage": True}, "ignore_eos": True}
+    body = asked_of(pair, max_tokens)
     began, first, last = time.perf_counter(), 0.0, ""
     try:
         async with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -196,11 +193,8 @@ def served(engine: str, gateways: int) -> Iterator[tuple[Server, str]]:
         running_server(Path(folder), "--engine", engine, "--model", MODEL, "--gateways", str(gateways)) as server,
     ):
         key = server.new_tenant("acme")
-        ray.init(address=server.job_environment["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-        try:
+        with joined(server):
             yield server, key
-        finally:
-            ray.shutdown()
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -215,17 +209,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(
-        prog="spanfill bench gateway", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("gateway", __doc__)
     add = parser.add_argument
-    add("--gateways", type=int, default=1)
-    add("--requests", type=int, default=500, help="requests of each way, one by one")
-    add("--at-once", type=int, default=32, help="requests of each way at once")
-    add("--streams", type=int, default=200, help="streams at once")
-    add("--seconds", type=float, default=60.0, help="of the streams; a quarter for each way at once")
-    add("--max-tokens", type=int, default=64)
-    add("--chars", type=int, default=600, help="characters of each prefix and each suffix")
+    add("--gateways", type=positive, default=1)
+    add("--requests", type=positive, default=500, help="requests of each way, one by one")
+    add("--at-once", type=positive, default=32, help="requests of each way at once")
+    add("--streams", type=positive, default=200, help="streams at once")
+    add("--seconds", type=above_zero, default=60.0, help="of the streams; a quarter for each way at once")
+    add("--max-tokens", type=positive, default=64)
+    add("--chars", type=positive, default=600, help="characters of each prefix and each suffix")
     add("--json", type=Path)
     options = parser.parse_args(arguments)
     check_files(parser, options.json, None)

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import yaml
 from ray import serve
 from rich.table import Table
@@ -31,9 +30,9 @@ from jobs.bench import write_rows
 from jobs.status import read_status
 from serving.app import APP, DEPLOYMENT
 from serving.protocol import EngineStats
-from tests.benchmarks.output import check_files, console, publish_json
+from tests.benchmarks.output import above_zero, check_files, console, parser_of, positive, publish_json
 from tests.benchmarks.people import Taken, make_load, send
-from tests.server import Server, running_server
+from tests.server import Server, joined, running_server
 
 START_SECONDS = 300.0
 STOP_SECONDS = 120.0
@@ -122,13 +121,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory(prefix="spanfill-loads-") as temporary,
         running_server(Path(temporary), *serve_arguments(Path(temporary), options)) as server,
+        joined(server),
     ):
-        address = server.job_environment["RAY_ADDRESS"]
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        try:
-            return _measured(server, Path(temporary), options)
-        finally:
-            ray.shutdown()
+        return _measured(server, Path(temporary), options)
 
 
 def _measured(server: Server, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -208,21 +203,19 @@ def describe(taken: list[Taken]) -> dict[str, float]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(
-        prog="spanfill bench loads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("loads", __doc__)
     add = parser.add_argument
     add("--engine", choices=["simulated", "vllm"], default="simulated")
     add("--model", default="demo-codegen25")
     add("--engine-arg", action="append", default=[])
-    add("--replicas", type=int, default=1)
+    add("--replicas", type=positive, default=1)
     add("--rows-beside", type=int, help="batch rows that go on in an engine while it serves people")
-    add("--rate", type=float, default=1.0, help="people's requests a second")
-    add("--seconds", type=float, default=60.0, help="of each of the three parts")
-    add("--max-tokens", type=int, default=64)
-    add("--chars", type=int, default=1_024, help="characters of each prefix and each suffix")
-    add("--job-rows", type=int, default=20_000, help="enough that the job does not end before the people")
-    add("--job-max-tokens", type=int, default=64)
+    add("--rate", type=above_zero, default=1.0, help="people's requests a second")
+    add("--seconds", type=above_zero, default=60.0, help="of each of the three parts")
+    add("--max-tokens", type=positive, default=64)
+    add("--chars", type=positive, default=1_024, help="characters of each prefix and each suffix")
+    add("--job-rows", type=positive, default=20_000, help="enough that the job does not end before the people")
+    add("--job-max-tokens", type=positive, default=64)
     add("--warm-up", type=float, default=10.0, help="seconds of the job before it is measured")
     add("--seed", type=int, default=0)
     add("--json", type=Path)

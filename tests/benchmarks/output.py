@@ -16,6 +16,13 @@ PLOT_SUFFIXES = (".svg", ".png")
 REDIRECTED_WIDTH = 150
 
 
+def parser_of(name: str, about: str | None) -> argparse.ArgumentParser:
+    """The parser of ``spanfill bench NAME``."""
+    return argparse.ArgumentParser(
+        prog=f"spanfill bench {name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def positive(text: str) -> int:
     """The type of an argument that counts something; raises what argparse tells of."""
     if (number := int(text)) < 1:

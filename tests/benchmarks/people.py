@@ -6,6 +6,7 @@ import json
 import random
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import httpx
 
@@ -58,12 +59,16 @@ async def send(url: str, load: Load) -> list[Taken]:
         return await asyncio.gather(*(_one(client, began + due, pair, load.max_tokens) for due, pair in requests))
 
 
+def asked_of(pair: tuple[str, str], max_tokens: int) -> dict[str, Any]:
+    """The body of a streamed infill of so many tokens, which tells its usage."""
+    asked = {"prompt": pair[0], "suffix": pair[1], "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    return asked | {"stream_options": {"include_usage": True}, "ignore_eos": True}
+
+
 async def _one(client: httpx.AsyncClient, due: float, pair: tuple[str, str], max_tokens: int) -> Taken:
     await asyncio.sleep(max(0.0, due - time.perf_counter()))
-    asked = {"prompt": pair[0], "suffix": pair[1], "max_tokens": max_tokens, "temperature": 0, "stream": True}
     first, tokens = 0.0, 0
-    body = asked | {"stream_options": {"include_usage": True}, "ignore_eos": True}
-    async with client.stream("POST", "/v1/completions", json=body) as response:
+    async with client.stream("POST", "/v1/completions", json=asked_of(pair, max_tokens)) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):

@@ -5,19 +5,16 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
-from tests.server import Server, running_server
+from tests.server import GATEWAY, Server, is_healthy, running_server
 from tests.serving.tenants.postgres import Postgres, own_server
 
 pytestmark = pytest.mark.engine
 
-GATEWAY = "ray::ServeReplica:spanfill:Gateway"
 SLOW = ("--engine", "simulated", "--engine-arg", "max_num_seqs=8", "--gateways", "2")
 SHORT: dict[str, Any] = {"prompt": "def f(x):", "max_tokens": 4, "ignore_eos": True}
 
@@ -44,19 +41,14 @@ def ask(server: Server, key: str, **body: Any) -> httpx.Response:
 
 def kill_gateways(server: Server) -> None:
     """SIGKILL both, and wait until others answer."""
-    found = []
-    for process in psutil.Process(server.process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if GATEWAY in " ".join(process.cmdline()):
-                found.append(process)
+    found = server.called(GATEWAY)
     assert len(found) == 2
     for process in found:
         process.kill()
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
-                return
+        if is_healthy(server.url):
+            return
         time.sleep(0.2)
     raise TimeoutError(server.told[-2_000:])
 

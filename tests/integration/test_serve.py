@@ -21,7 +21,7 @@ import yaml
 from openai import APIStatusError, NotFoundError, OpenAI
 from openai.types import Batch
 
-from tests.server import Server, free_port, running_server
+from tests.server import GATEWAY, Server, free_port, is_healthy, running_server
 
 pytestmark = pytest.mark.engine
 
@@ -31,7 +31,7 @@ SLOW = ("--engine", "simulated", "--engine-arg", "max_num_seqs=8")
 """Some twenty seconds for ``COUNT`` lines."""
 
 ENDED = ("completed", "failed", "cancelled", "expired")
-GATEWAY, WORKER = "ray::ServeReplica:spanfill:Gateway", "jobs.api.worker"
+WORKER = "jobs.api.worker"
 
 
 class Tenant:
@@ -118,20 +118,9 @@ def segments(server: Server) -> list[Path]:
     return list(server.home.glob("files/*/works/*/groups/*/out/_spanfill/journal/*/*.arrow"))
 
 
-def tree(server: Server) -> list[psutil.Process]:
-    """The server's process and all that it started, as they are now."""
-    mine = psutil.Process(server.process.pid)
-    return [mine, *mine.children(recursive=True)]
-
-
 def kill(server: Server, title: str) -> None:
     """SIGKILL the one process that is called so."""
-    found = []
-    for process in tree(server):
-        with suppress(psutil.NoSuchProcess):
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-    (process,) = found
+    (process,) = server.called(title)
     process.kill()
 
 
@@ -238,7 +227,7 @@ def test_a_signal_ends_it_with_all_that_it_started(tmp_path: Path, number: signa
         tenant = Tenant(server, "acme")
         batch = tenant.batch(COUNT)
         until(lambda: segments(server), server)
-        started = tree(server)
+        started = server.tree()
         server.process.send_signal(number)
         assert server.process.wait(90) == code, server.told
         _, left = psutil.wait_procs(started, timeout=20)
@@ -324,10 +313,3 @@ def test_serve_run_starts_what_the_file_says(tmp_path: Path) -> None:
         process.wait(90)
         _, left = psutil.wait_procs(started, timeout=20)
         assert not left, left
-
-
-def is_healthy(url: str) -> bool:
-    """Whether a server answers that all is well."""
-    with suppress(httpx.TransportError):
-        return httpx.get(f"{url}/health", timeout=30).status_code == 200
-    return False

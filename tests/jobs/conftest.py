@@ -93,6 +93,14 @@ def _run(root: Path, checkpoint: Path, **options: Any) -> JobFolder:
     return JobFolder(root)
 
 
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the state of gateways and tenants is, for a test alone."""
+    monkeypatch.setenv("SPANFILL_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SPANFILL_DATABASE_URL", raising=False)
+    return tmp_path / "home"
+
+
 @pytest.fixture(scope="session")
 def clean_job(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, cluster: None) -> JobFolder:
     """Rows with ids and a column that passes through; nothing fails."""

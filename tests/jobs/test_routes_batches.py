@@ -32,17 +32,11 @@ from tests.jobs.routed import (
 )
 from tests.runs import answered, counting
 
+pytestmark = pytest.mark.usefixtures("home")
+
 COUNT = 1_500
 SLOW = RoutesConfig(app=AppConfig(model="demo-codegen25", engine="simulated", engine_args={"max_num_seqs": 8}))
 """Some twenty seconds for ``COUNT`` lines."""
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where all state is."""
-    monkeypatch.setenv("SPANFILL_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SPANFILL_DATABASE_URL", raising=False)
-    return tmp_path / "home"
 
 
 @pytest.fixture

@@ -19,16 +19,10 @@ from serving.tenants.tables import FileRow
 from tests.jobs.routed import IDLE, as_tenant, ask, create_batch, routed, upload
 from tests.serving.tenants.conftest import Clock
 
+pytestmark = pytest.mark.usefixtures("home")
+
 MIB = 1 << 20
 FORM = "multipart/form-data; boundary=b"
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where all state is."""
-    monkeypatch.setenv("SPANFILL_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SPANFILL_DATABASE_URL", raising=False)
-    return tmp_path / "home"
 
 
 @pytest.fixture

@@ -23,16 +23,10 @@ from serving.tenants.store import open_store
 from serving.tenants.usage import UsageRecord
 from tests.jobs.routed import as_tenant, ended, logs, routed, until, upload
 
+pytestmark = pytest.mark.usefixtures("home")
+
 ALLOWED = "s3://allowed/data/"
 SLOW = RoutesConfig(app=AppConfig(model="demo-codegen25", engine="simulated", engine_args={"max_num_seqs": 8}))
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where all state is."""
-    monkeypatch.setenv("SPANFILL_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SPANFILL_DATABASE_URL", raising=False)
-    return tmp_path / "home"
 
 
 @pytest.fixture

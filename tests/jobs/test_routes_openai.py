@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +16,9 @@ from openai.types import Batch
 from jobs.api.config import RoutesConfig
 from tests.jobs.routed import ENDED, ask, jsonl, logs, routing
 
+pytestmark = pytest.mark.usefixtures("home")
+
 SECONDS = 120.0
-
-
-@pytest.fixture(autouse=True)
-def _home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SPANFILL_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SPANFILL_DATABASE_URL", raising=False)
 
 
 @contextmanager

@@ -25,10 +25,8 @@ NOON = 1_800_014_400.0
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TenantStore]:
+def store(home: Path) -> Iterator[TenantStore]:
     """The store that the commands find: an SQLite file in a home of the test's."""
-    monkeypatch.setenv("SPANFILL_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SPANFILL_DATABASE_URL", raising=False)
     opened = open_store()
     yield opened
     opened.close()

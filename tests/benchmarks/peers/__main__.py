@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.truncation import DEFAULT_PREFIX_ALIGN
-from tests.benchmarks.output import check_files, console, positive, publish_json
+from tests.benchmarks.output import check_files, console, parser_of, positive, publish_json
 from tests.benchmarks.peers.begun import Rounds, begun
 from tests.benchmarks.peers.check import PAIR, compare
 from tests.benchmarks.peers.contestant import CONTESTANTS
@@ -56,9 +56,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="spanfill bench peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("peers", __doc__)
     add = parser.add_argument
     add("--input", choices=list(INPUTS), default="spans100")
     add("--contestants", type=lambda text: text.split(","), default=list(CONTESTANTS), help=", ".join(CONTESTANTS))

@@ -47,10 +47,8 @@ class Failing:
 
 
 @pytest.fixture
-def office(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Office]:
+def office(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Office]:
     """Of a gateway whose works' processes fail, at a time that the test says."""
-    monkeypatch.setenv("SPANFILL_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SPANFILL_DATABASE_URL", raising=False)
     monkeypatch.setattr(tending, "WorkProcess", Failing)
     with closing(open_store()) as store, closing(Database(database_address(), clock=Clock())) as database:
         yield Office(
