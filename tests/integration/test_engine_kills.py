@@ -1,6 +1,7 @@
 """The real engine is killed while it infills: vLLM's core process, its replica, the command itself."""
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_kills_of_core_replica_and_driver_change_no_infill(
     with running(tmp_path / "log", *options, "--output", output) as run:
         run.until(lambda: journaled(output) or list(output.glob("data/*")))
         for kind in ("engine", "replica"):
-            run.until(lambda: run.processes(kind))
+            run.until(partial(run.processes, kind))
             assert run.kill(kind, draw)
             run.until(lambda: not run.processes("engine"))
             run.until(lambda: run.processes("engine"))
