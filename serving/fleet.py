@@ -30,6 +30,7 @@ RESOURCE_WAIT_SECONDS = 60.0
 KNOCK_SECONDS = 10.0
 LOOK_SECONDS = 2.0
 STATS_SECONDS = 5.0
+DESCRIBE_SECONDS = 60.0
 QUIET_SECONDS = 30.0
 """A job whose rows have not grown for this long asks whether its engines run."""
 
@@ -234,7 +235,7 @@ def join_or_start(
         delete_app(name, guarded=not embedded)
         raise
     handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
-    _, info = handle.describe.remote().result()
+    _, info = _described(name, handle)
     return Fleet(name, handle, info, replica.replicas, own=True, guarded=not embedded)
 
 
@@ -243,10 +244,22 @@ def _running_fleet(engine: EngineConfig) -> Fleet | None:
         if name.startswith(PRIVATE_PREFIX) or app.status != "RUNNING" or DEPLOYMENT not in app.deployments:
             continue
         handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
-        fingerprint, info = handle.describe.remote().result(timeout_s=30)
+        fingerprint, info = _described(name, handle)
         if fingerprint == engine.fingerprint:
             return Fleet(name, handle, info, max(1, app.deployments[DEPLOYMENT].replica_states.get("RUNNING", 0)))
     return None
+
+
+def _described(name: str, handle: DeploymentHandle) -> tuple[str, EngineInfo]:
+    """What a replica says of its engine; raises ``EngineError`` when none can be reached."""
+    try:
+        told: tuple[str, EngineInfo] = handle.describe.remote().result(timeout_s=DESCRIBE_SECONDS)
+        return told
+    except TimeoutError as error:
+        raise EngineError(
+            f"the replicas of {name} do not answer within {DESCRIBE_SECONDS:g} s.",
+            remedy="Their node may be too busy; and RAY_AUTH_MODE must say here what it says in the cluster.",
+        ) from error
 
 
 def _wait_until_running(

@@ -96,7 +96,7 @@ def free_port() -> int:
 def running_server(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
     """A server that answers, and whose engines can be joined; ended by SIGTERM.
 
-    Its Ray asks for no token unless ``env`` says so: this process could not be told to send one once it has used Ray.
+    Unless ``env`` says so, its Ray asks for a token where this process sends one, which cannot change once Ray is used.
     """
     port, log, home = free_port(), folder / "serve.log", folder / "home"
     command = [sys.executable, "-m", "jobs.cli", "serve", "--port", str(port), *arguments]
@@ -105,7 +105,7 @@ def running_server(folder: Path, *arguments: str, env: Mapping[str, str] | None 
         tempfile.TemporaryDirectory(prefix="sf-", dir="/tmp", ignore_cleanup_errors=True) as scratch,
         log.open("wb") as out,
     ):
-        own = {"SPANFILL_HOME": str(home), "RAY_TMPDIR": scratch, AUTH: "disabled"}
+        own = {"SPANFILL_HOME": str(home), "RAY_TMPDIR": scratch, AUTH: os.environ.get(AUTH, "disabled")}
         process = subprocess.Popen(command, env=os.environ | own | dict(env or {}), stdout=out, stderr=out)
         server = Server(f"http://127.0.0.1:{port}", home, log, Path(scratch), process)
         try:
@@ -117,7 +117,7 @@ def running_server(folder: Path, *arguments: str, env: Mapping[str, str] | None 
 
 @contextmanager
 def joined(server: Server) -> Iterator[None]:
-    """This process is in the server's Ray."""
+    """This process is in the server's Ray, with or without a token as that one."""
     ray.init(address=server.job_environment["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
     try:
         yield
