@@ -59,9 +59,13 @@ class Agent:
                 logger.warning("a batch or job is tried again: %s", error)
 
     def _fill(self, number: int) -> None:
-        """Run works in a place of this node, until none waits."""
+        """Run works in a place of this node, until none waits.
+
+        Of several places the first is for tenants of whom nothing runs: long works of one leave the others theirs.
+        """
+        idle_only = number == 0 and self._office.config.at_once > 1
         with place_of(self._places, number) as is_ours:
-            while is_ours and self._tend_one(closing=False):
+            while is_ours and self._tend_one(idle_only=idle_only):
                 pass
 
     def _clear(self) -> None:
@@ -72,13 +76,14 @@ class Agent:
             self._swept = time.monotonic()
             sweep(self._office)
 
-    def _tend_one(self, *, closing: bool) -> bool:
+    def _tend_one(self, *, closing: bool = False, idle_only: bool = False) -> bool:
         if self._office.stopping.is_set():
             return False
-        work = self._office.queue.claim(self._office.holder, self._office.models, closing=closing)
+        office = self._office
+        work = office.queue.claim(office.holder, office.models, closing=closing, idle_only=idle_only)
         if work is None:
             return False
-        Tending(self._office, work).run()
+        Tending(office, work).run()
         return True
 
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, and_, case, func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from jobs.api.database import Database, Page, find_row, read_page, take_turns
 from jobs.api.order import Kind
 from serving.errors import LeaseLostError, LimitError, UsageError
-from serving.tenants.tables import WorkRow
+from serving.tenants.tables import WorkRow, cancel_work
 
 LEASE_SECONDS = 30.0
 WAIT_SECONDS = 60.0
@@ -29,6 +29,8 @@ Status = Literal[
 """A batch is ``validating`` while its lines are read; a job is ``in_progress`` at once."""
 
 UNFINISHED: tuple[Status, ...] = ("queued", "validating", "in_progress", "finalizing", "cancelling")
+
+HELD = aliased(WorkRow)
 
 BEFORE: dict[Status, tuple[Status, ...]] = {
     "finalizing": ("in_progress",),
@@ -94,10 +96,9 @@ class Queue:
         now = self.clock()
         with self._database.session(writes=True) as session:
             work = find_row(session, WorkRow, work_id, *_own(tenant, kind), lock=True)
-            if work.status in UNFINISHED and work.status != "cancelling":
-                work.status, work.ready = "cancelling", now
-                work.told = {**work.told, "cancelling_at": now}
-            elif work.status not in ("cancelling", "cancelled"):
+            if work.status in UNFINISHED:
+                cancel_work(work, now)
+            elif work.status != "cancelled":
                 raise UsageError(f"The {kind} has ended: it is {work.status}.", remedy="There is nothing to cancel.")
         return work
 
@@ -118,10 +119,13 @@ class Queue:
                 session.delete(work)
         return works
 
-    def claim(self, holder: str, models: Sequence[str], *, closing: bool) -> WorkRow | None:
+    def claim(
+        self, holder: str, models: Sequence[str], *, closing: bool = False, idle_only: bool = False
+    ) -> WorkRow | None:
         """Take a work of one of the models that nobody holds: one that a dead gateway had begun, else whose turn it is.
 
-        With ``closing``, one that was cancelled or whose time is over; of any model, once it has waited for long.
+        With ``closing``, one that was cancelled or whose time is over; of any model, once it has waited for long. With
+        ``idle_only``, of a tenant of whom no work is held.
         """
         now = self.clock()
         begun = case((WorkRow.status == "queued", 1), else_=0)
@@ -132,6 +136,8 @@ class Queue:
             .order_by(begun, WorkRow.turn, WorkRow.created)
             .limit(1)
         )
+        if idle_only:
+            query = query.where(WorkRow.tenant.not_in(select(HELD.tenant).where(HELD.held_until >= now)))
         with self._database.session() as session:
             if session.scalars(query).first() is None:  # Looking alone keeps no writer waiting.
                 return None

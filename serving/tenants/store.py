@@ -14,7 +14,7 @@ from serving.tenants.caller import Caller, Limits, Role
 from serving.tenants.database import database_address, fingerprint
 from serving.tenants.key_text import DECOY_HASH, KeyText, matches, new_key, parse_key
 from serving.tenants.sessions import Sessions
-from serving.tenants.tables import KeyRow, TenantRow
+from serving.tenants.tables import KeyRow, TenantRow, WorkRow, cancel_work
 from serving.tenants.terms import DEFAULT_TERMS, NO_LIMITS, Terms, check_limits, check_name, check_terms
 from serving.tenants.usage import DIMENSIONS, EVERYTHING, Dimension, Numbered, UsageFilter, UsageLine
 
@@ -92,10 +92,13 @@ class TenantStore:
         return row
 
     def revoke_tenant(self, name: str) -> TenantRow:
-        """Let none of a tenant's keys be valid any more; raises ``NotFoundError``."""
+        """Let none of a tenant's keys be valid any more, and cancel its batches and jobs; raises ``NotFoundError``."""
+        now = self._clock()
         with self._sessions.begin(writes=True) as session:
             row = _tenant(session, name)
-            row.revoked = self._clock() if row.revoked is None else row.revoked
+            row.revoked = now if row.revoked is None else row.revoked
+            for work in session.scalars(select(WorkRow).where(WorkRow.tenant == name, WorkRow.ended.is_(None))):
+                cancel_work(work, now)
         return row
 
     def create_key(

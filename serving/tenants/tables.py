@@ -172,3 +172,10 @@ class WorkRow(Table):
     tries: Mapped[Count]
     holder: Mapped[str | None]
     held_until: Mapped[Real | None]
+
+
+def cancel_work(work: WorkRow, now: float) -> None:
+    """Ask for the end of a work that has not ended, now rather than when it is ready."""
+    if work.status != "cancelling":
+        work.status, work.ready = "cancelling", now
+        work.told = {**work.told, "cancelling_at": now}

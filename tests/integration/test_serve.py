@@ -183,14 +183,17 @@ def test_openais_package_cancels_a_batch(acme: Tenant) -> None:
     assert sorted(line["custom_id"] for line in output + errors) == sorted(f"line {n}" for n in range(COUNT))
 
 
-def test_a_job_runs_beside_those_who_are_served(acme: Tenant) -> None:
-    job = acme.job(1_000)
+def test_a_job_runs_beside_those_who_are_served_and_others_batches(acme: Tenant, zeta: Tenant) -> None:
+    job = acme.job(COUNT)
     until(lambda: segments(acme.server), acme.server)
+    batch = zeta.batch(3)
+    assert zeta.ended(f"/v1/batches/{batch.id}")["status"] == "completed"
+    assert acme.told(f"/v1/jobs/{job['id']}")["status"] == "in_progress"
     answers = [acme.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}) for _ in range(5)]
     assert {answer.status_code for answer in answers} == {200}
     told = acme.ended(f"/v1/jobs/{job['id']}")
-    assert (told["status"], told["progress"]["rows"]) == ("completed", 1_000), told
-    assert acme.column(job["id"], "number") == list(range(1_000))
+    assert (told["status"], told["progress"]["rows"]) == ("completed", COUNT), told
+    assert acme.column(job["id"], "number") == list(range(COUNT))
     (used,) = acme.http.get("/v1/usage", params={"job": job["id"], "by": "job"}).json()["data"]
     assert used["completion_tokens"] == told["usage"]["completion_tokens"] > 0
     assert acme.http.get(f"{acme.server.url}/v1/jobs").json()["data"][0]["id"] == job["id"]

@@ -48,8 +48,8 @@ def client() -> Iterator[TestClient]:
 
 @pytest.fixture
 def instant(cluster: None, checkpoint: Path) -> RoutesConfig:
-    """A gateway whose engine answers at once, in this process's cluster."""
-    return RoutesConfig(app=AppConfig(model=str(checkpoint), engine="instant"))
+    """A gateway whose engine answers at once, in this process's cluster; it runs one work at a time."""
+    return RoutesConfig(app=AppConfig(model=str(checkpoint), engine="instant"), at_once=1)
 
 
 def many(count: int = COUNT) -> list[dict[str, Any]]:

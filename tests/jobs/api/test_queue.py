@@ -15,6 +15,7 @@ from jobs.api.submission import new_work
 from serving.errors import LeaseLostError, LimitError, NotFoundError, UsageError
 from serving.tenants.caller import Caller
 from serving.tenants.database import database_address
+from serving.tenants.store import TenantStore
 from serving.tenants.tables import WorkRow
 from tests.serving.tenants.conftest import Clock, postgres, sqlite_url, url
 
@@ -47,8 +48,8 @@ def submit(queue: Queue, tenant: str, kind: Any = "batch", *, weight: float = 1.
     return queue.submit(work, weight=weight)
 
 
-def claim(queue: Queue, holder: str = "here", *, closing: bool = False) -> WorkRow | None:
-    return queue.claim(holder, MODELS, closing=closing)
+def claim(queue: Queue, holder: str = "here", *, closing: bool = False, idle_only: bool = False) -> WorkRow | None:
+    return queue.claim(holder, MODELS, closing=closing, idle_only=idle_only)
 
 
 def claimed(queue: Queue) -> list[str]:
@@ -83,6 +84,47 @@ def test_who_was_idle_gains_nothing_by_it(queue: Queue, clock: Clock) -> None:
         submit(queue, tenant)
         clock.now += 1
     assert claimed(queue) == ["zeta", "acme", "zeta", "acme", "zeta", "acme"]
+
+
+def test_a_long_job_of_one_tenant_does_not_keep_another_waiting(queue: Queue, clock: Clock) -> None:
+    """In a place for tenants of whom nothing runs, whatever waits of others."""
+    for _ in range(3):
+        submit(queue, "acme", "job", seconds=1_000)
+    first = claim(queue)
+    assert first is not None
+    assert claim(queue, idle_only=True) is None
+    small = submit(queue, "zeta", weight=0.01)
+    taken = claim(queue, idle_only=True)
+    assert taken is not None
+    assert taken.id == small.id
+    queue.end(first.id, "here", "completed", 0)
+    after = claim(queue, idle_only=True)
+    assert after is not None
+    assert after.tenant == "acme"
+    assert claim(queue, idle_only=True) is None
+    clock.now += LEASE_SECONDS + 1
+    again = claim(queue, "there", idle_only=True)  # The gateway that held it is dead.
+    assert again is not None
+    assert again.id == after.id
+
+
+def test_a_revoked_tenants_works_are_cancelled(queue: Queue, clock: Clock, url: str) -> None:
+    store = TenantStore(database_address(url), clock=clock)
+    store.create_tenant("acme")
+    running, waiting, ended = (submit(queue, "acme", seconds=1_000) for _ in range(3))
+    others = submit(queue, "zeta", seconds=1_000)
+    assert claim(queue) is not None
+    queue.cancel("acme", "batch", ended.id)
+    assert claim(queue, closing=True) is not None
+    queue.end(ended.id, "here", "cancelled", 0)
+    store.revoke_tenant("acme")
+    store.close()
+    assert queue.renew(running.id, "here", "in_progress").status == "cancelling"
+    found = claim(queue, closing=True)
+    assert found is not None
+    assert (found.id, found.told["cancelling_at"]) == (waiting.id, clock.now)
+    assert queue.find("acme", "batch", ended.id).status == "cancelled"
+    assert queue.find("zeta", "batch", others.id).status == "queued"
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0.01, 100)), max_size=20))
@@ -197,8 +239,8 @@ def test_a_tenant_has_so_many_unfinished_works(database: Database) -> None:
 
 def test_a_model_that_is_not_served_here_is_left_to_others(queue: Queue) -> None:
     submit(queue, "acme")
-    assert queue.claim("here", ["other"], closing=False) is None
-    assert queue.claim("here", [], closing=False) is None
+    assert queue.claim("here", ["other"]) is None
+    assert queue.claim("here", []) is None
 
 
 def test_the_bound_holds_for_who_submit_at_once(database: Database) -> None:
