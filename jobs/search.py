@@ -81,11 +81,14 @@ def search(
 ) -> Tuning:
     """Coordinate descent over ``knobs`` from the settings ``begin``; ``tell`` is called after each trial.
 
-    The baseline is measured twice, and a setting wins only if two of its own runs are better than the best so far by
+    A first run warms what all runs share (files that are read, kernels that are compiled) and counts for nothing. The
+    baseline is measured twice, and a setting wins only if two of its own runs are better than the best so far by
     more than the noise. A setting that the engine refuses is a trial without figures; what the engine does unasked
     (``defaults``) is not tried. Ends when ``late`` says so.
     """
     found = Tuning(dict(begin))
+    found.trials.append(Trial("warm-up", found.best, measure(found.best)))
+    tell(found)
     _baseline(measure, found, tell)
     for knob in knobs:
         for value in knob.values:

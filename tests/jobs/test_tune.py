@@ -86,5 +86,5 @@ def test_more_sequences_win_on_a_simulated_engine(tmp_path: Path) -> None:
     found = tune(spec, rows=32, minutes=5, knobs=knobs, tell=lambda so_far: told.append(so_far.trials[-1].setting))
     assert found.best == slow | {"max_num_seqs": 16}
     assert found.rows_per_second > 2 * found.baseline
-    assert told == ["baseline", "baseline", "max_num_seqs=0", "max_num_seqs=16", "max_num_seqs=16"]
-    assert "max_num_seqs" in found.trials[2].failure
+    assert told == ["warm-up", "baseline", "baseline", "max_num_seqs=0", "max_num_seqs=16", "max_num_seqs=16"]
+    assert "max_num_seqs" in found.trials[3].failure
