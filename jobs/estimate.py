@@ -107,6 +107,11 @@ def plan_job(spec: JobSpec, wish: Wish) -> Plan:
     """
     _check(wish)
     shape = model_shape(resolve_model(spec.model, format=spec.format, revision=spec.revision))
+    if shape.heads % spec.tensor_parallel_size:
+        raise ConfigError(
+            f"--tensor-parallel-size {spec.tensor_parallel_size} does not divide the model's {shape.heads} heads.",
+            remedy="Choose a divisor of them.",
+        )
     observed = [observe(folder) for folder in wish.calibrate]
     for job in observed:
         if job.manifest["model"] != spec.model:

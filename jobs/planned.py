@@ -23,6 +23,10 @@ GATHERED = (
     "--order global lets all rows of the input share, a sample shows only what sampled rows share: the share over the "
     "whole sample, which the rates use, is a lower bound."
 )
+UNORDERED = (
+    "With --order input rows are not sorted: how much they share depends on the input. The shares and rates above are "
+    "those of --order prefix, an upper bound."
+)
 NO_FIGURE = "-"
 
 
@@ -90,6 +94,8 @@ def _notes(plan: Plan) -> Iterator[str]:
     yield FORMULA
     if plan.sample.sampled_rows < plan.sample.rows:
         yield GATHERED if plan.spec.order == "global" else SCATTERED
+    if plan.spec.order == "input":
+        yield UNORDERED
     if plan.calibration:
         yield (
             f"calibrated: {plan.calibration.prompt_seconds * 1e3:.3g} ms a computed prompt token, "

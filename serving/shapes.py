@@ -16,10 +16,14 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder: ``parameters`` counts all weights, embeddings included; the KV cache is counted in values."""
+    """A dense decoder: ``parameters`` counts all weights, embeddings included; the KV cache is counted in values.
+
+    ``heads`` are those of attention, which tensor parallelism deals out evenly.
+    """
 
     parameters: int
     kv_values_per_token: int
+    heads: int
 
 
 def shape_of(config: Mapping[str, Any], *, name: str) -> ModelShape:
@@ -40,7 +44,7 @@ def shape_of(config: Mapping[str, Any], *, name: str) -> ModelShape:
     attention = 2 * hidden * head * (heads + key_heads)
     mlp = (2 if config.get("model_type") in PLAIN_MLP else 3) * hidden * inner
     embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return ModelShape(layers * (attention + mlp) + embeddings, 2 * layers * key_heads * head)
+    return ModelShape(layers * (attention + mlp) + embeddings, 2 * layers * key_heads * head, heads)
 
 
 def read_shape(config: Path, *, name: str) -> ModelShape:

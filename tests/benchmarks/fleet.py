@@ -33,7 +33,7 @@ from serving.batching import Scheduler, Sequence
 from serving.config import RooflineConfig
 from serving.protocol import BATCH_PRIORITY
 from serving.steady import Load, batch_size, steady_rows_per_second
-from tests.benchmarks.output import above_zero, console, positive, publish_json
+from tests.benchmarks.output import above_zero, check_files, console, positive, publish_json, share
 
 H100 = RooflineConfig()
 ROW_BYTES, MAX_TOKENS = 2_048, 64
@@ -219,11 +219,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=above_zero, default=60.0)
     parser.add_argument("--feeders", type=positive, default=2)
     parser.add_argument("--feed", type=above_zero, default=5_000.0, help="rows/s that come to the lanes of the study")
-    parser.add_argument("--call", type=float, default=0.02, help="seconds of a call's way to a replica and back")
+    parser.add_argument("--call", type=above_zero, default=0.02, help="seconds of a call's way to a replica and back")
     parser.add_argument("--slowest", type=above_zero, default=1.0)
-    parser.add_argument("--long", type=float, default=0.0, help="share of rows with long prompts in the study")
+    parser.add_argument("--long", type=share, default=0.0, help="share of rows with long prompts in the study")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    if not asked.replicas and not asked.study:
+        parser.error("nothing to measure: give --replicas, --study, or both")
+    check_files(parser, asked.json, None)
     options = {"feed": asked.feed, "call": asked.call, "slowest": asked.slowest, "long": asked.long}
     lines = [measure(count, asked.seconds, asked.feeders) for count in asked.replicas]
     lines += [study(count, asked.seconds, **options) for count in asked.study]

@@ -37,6 +37,13 @@ def above_zero(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    """The type of an argument that is a part of a whole; raises what argparse tells of."""
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return number
+
+
 def check_files(parser: argparse.ArgumentParser, json_file: Path | None, plot: Path | None) -> None:
     """End with the parser's error, before anything runs, where one of the files could not be written."""
     for path in filter(None, (json_file, plot)):

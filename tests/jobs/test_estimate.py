@@ -109,6 +109,11 @@ def test_the_table_names_every_gpu_and_what_it_rests_on(plan: Callable[..., Any]
     assert "fp8" not in told.stdout
 
 
+def test_rows_in_the_inputs_order_are_told_an_upper_bound(plan: Callable[..., Any]) -> None:
+    assert "an upper bound" in " ".join(plan("--order", "input").stdout.split())
+    assert "an upper bound" not in " ".join(plan().stdout.split())
+
+
 def test_a_model_that_does_not_fit_is_a_line_that_says_why(rows: Path) -> None:
     spec = JobSpec(input=str(rows), output=".", model="codegen25-7b-multi", max_model_len=100_000)
     lines = plan_job(spec, Wish()).lines
@@ -136,6 +141,7 @@ def test_a_model_that_does_not_fit_is_a_line_that_says_why(rows: Path) -> None:
         (["--calibrate", "nowhere"], "nowhere is no job's folder"),
         (["--replicas", "0"], "replicas = 0"),
         (["--order", "random"], "order"),
+        (["--tensor-parallel-size", "5"], "--tensor-parallel-size 5 does not divide the model's"),
         (["--model", "nonsense"], "nonsense is no known model"),
         (["--column", "prefix=text"], "column text is missing"),
         (["--max-tokens", "5000"], "max_tokens = 5000 leaves no room"),
