@@ -64,7 +64,7 @@ def run(
     job: Annotated[Path | None, typer.Option(help="A YAML file of these options; flags win over it.")] = None,
     input: Annotated[str | None, typer.Option(help="Parquet file, folder, glob or URI.")] = None,  # noqa: A002
     output: Annotated[str | None, typer.Option(help="Folder or URI for the results.")] = None,
-    model: Annotated[str | None, typer.Option(help="Known name, folder or hub id [default: demo-codegen25].")] = None,
+    model: Annotated[str | None, typer.Option(help="Known name, folder or hub id (default: demo-codegen25).")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     format: FormatName = None,  # noqa: A002
     engine: Annotated[str | None, typer.Option(help="vllm, simulated (roofline clock) or instant.")] = None,
@@ -72,13 +72,20 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="Weights and activations, e.g. bfloat16.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
-    replicas: Annotated[int | None, typer.Option(help="Engines side by side [default: 1].")] = None,
-    cores: Annotated[int | None, typer.Option(help="CPU cores of each replica [default: an equal share].")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most [default: 128].")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy [default: 0].")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling [default: 1].")] = None,
-    n: Annotated[int | None, typer.Option(help="Samples a row [default: 1].")] = None,
-    seed: Annotated[int | None, typer.Option(help="The job's seed [default: 0].")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Engines side by side (default: 1).")] = None,
+    cores: Annotated[int | None, typer.Option(help="CPU cores of each replica (default: an equal share).")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most (default: 128).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: 0).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling (default: 1).")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from so many likeliest tokens (default: all).")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Least share of the likeliest token's probability.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Against tokens that came, -2 to 2.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="Against tokens by how often they came.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Against tokens of prompt and infill, 1 is none.")
+    ] = None,
+    n: Annotated[int | None, typer.Option(help="Samples a row (default: 1).")] = None,
+    seed: Annotated[int | None, typer.Option(help="The job's seed (default: 0).")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the infill at this text; repeatable.")] = None,
     stop_at_suffix: Annotated[
         bool | None, typer.Option("--stop-at-suffix", help="End the infill where it has run into the suffix.")
@@ -95,18 +102,18 @@ def run(
     ] = None,
     column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME for prefix, suffix or id; repeatable.")] = None,
     with_: Annotated[str | None, typer.Option("--with", help="mean_logprob,token_ids,source_file,source_row")] = None,
-    keep_columns: Annotated[str | None, typer.Option(help="Input columns to keep, by comma [default: all].")] = None,
-    rows_per_part: Annotated[int | None, typer.Option(help="Input rows of one output file [default: 10000].")] = None,
+    keep_columns: Annotated[str | None, typer.Option(help="Input columns to keep, by comma (default: all).")] = None,
+    rows_per_part: Annotated[int | None, typer.Option(help="Input rows of one output file (default: 10000).")] = None,
     compression: Annotated[str | None, typer.Option(help="zstd, snappy, gzip, lz4 or none.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
-    batch_rows: Annotated[int | None, typer.Option(help="Rows of a micro-batch [default: 64].")] = None,
-    max_attempts: Annotated[int | None, typer.Option(help="Tries of a row that kills its engine [default: 3].")] = None,
+    batch_rows: Annotated[int | None, typer.Option(help="Rows of a micro-batch (default: 64).")] = None,
+    max_attempts: Annotated[int | None, typer.Option(help="Tries of a row that kills its engine (default: 3).")] = None,
     max_error_rate: Annotated[
-        float | None, typer.Option(help="Stop beyond this share of error rows [default: 0.05].")
+        float | None, typer.Option(help="Stop beyond this share of error rows (default: 0.05).")
     ] = None,
-    feeders: Annotated[int | None, typer.Option(help="Processes that read and write [default: 1].")] = None,
+    feeders: Annotated[int | None, typer.Option(help="Processes that read and write (default: 1).")] = None,
     store_patience: Annotated[
-        float | None, typer.Option(help="Seconds for which a failing store is tried again [default: 60].")
+        float | None, typer.Option(help="Seconds for which a failing store is tried again (default: 60).")
     ] = None,
     retry_errors: Annotated[
         bool | None, typer.Option("--retry-errors", help="Do a job's error rows again, into new parts.")
@@ -172,7 +179,7 @@ def pairs(
     output: Annotated[Path, typer.Option(help="The Parquet file to write.")],
     mode: Annotated[str, typer.Option(help="line, block, function, span or mixed.")] = "mixed",
     per_file: Annotated[
-        int | None, typer.Option(help="Pairs of one file at most [default: 8, or as --limit needs].")
+        int | None, typer.Option(help="Pairs of one file at most (default: 8, or as --limit needs).")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Pairs at most, spread over the files.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed cuts the same pairs.")] = 0,
@@ -252,7 +259,7 @@ def plan(
     model: ModelName = "demo-codegen25",
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     format: FormatName = None,  # noqa: A002
-    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most [default: 128].")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most (default: 128).")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
     prefix_align: Annotated[int | None, typer.Option(help="As for run.")] = None,
     suffix_share: Annotated[float | None, typer.Option(help="As for run.")] = None,
@@ -262,13 +269,13 @@ def plan(
     limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
     sample: Annotated[int, typer.Option(help="Rows to read.", min=1)] = 2_000,
     output_tokens: Annotated[
-        float | None, typer.Option(help="Mean of a row, its stop token not counted [default: max_tokens].")
+        float | None, typer.Option(help="Mean of a row, its stop token not counted (default: max_tokens).")
     ] = None,
     like: Annotated[str | None, typer.Option(help="A finished job whose mean output tokens to expect.")] = None,
-    gpu: Annotated[list[str] | None, typer.Option(help="H100, H200, A100 or L40S; repeatable [default: all].")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="bf16 or fp8; repeatable [default: both].")] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="H100, H200, A100 or L40S; repeatable (default: all).")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="bf16 or fp8; repeatable (default: both).")] = None,
     price: Annotated[list[str] | None, typer.Option(help="Dollars a GPU-hour, or NAME=PRICE; repeatable.")] = None,
-    replicas: Annotated[int | None, typer.Option(help="Engines side by side [default: 1].")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Engines side by side (default: 1).")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences of one engine at once.", min=1)] = 256,
     fraction: Annotated[float, typer.Option(help="Of the bound; vLLM typically 0.4, 0.75 is excellent.")] = 0.6,
@@ -415,11 +422,11 @@ def tune(
     job: Annotated[Path | None, typer.Option(help="A YAML file of the options of run; flags win over it.")] = None,
     rows: Annotated[int, typer.Option(help="Rows of the sample.", min=2)] = 256,
     minutes: Annotated[float, typer.Option(help="Begin no trial after so long.", min=0)] = 15.0,
-    model: Annotated[str | None, typer.Option(help="Known name, folder or hub id [default: demo-codegen25].")] = None,
+    model: Annotated[str | None, typer.Option(help="Known name, folder or hub id (default: demo-codegen25).")] = None,
     format: FormatName = None,  # noqa: A002
     engine_arg: Annotated[list[str] | None, typer.Option(help="Part of the baseline, KEY=VALUE; repeatable.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most [default: 128].")] = None,
-    replicas: Annotated[int | None, typer.Option(help="Engines side by side [default: 1].")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most (default: 128).")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Engines side by side (default: 1).")] = None,
     column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME; repeatable.")] = None,
     json_: Json = False,
 ) -> None:

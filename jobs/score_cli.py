@@ -28,7 +28,7 @@ def score(
     job: Annotated[Path | None, typer.Option(help="A YAML file of these options; flags win over it.")] = None,
     input: Annotated[str | None, typer.Option(help="Parquet file, folder, glob or URI.")] = None,  # noqa: A002
     output: Annotated[str | None, typer.Option(help="Folder or URI for the results.")] = None,
-    model: Annotated[str | None, typer.Option(help="Known name, folder or hub id [default: demo-codegen25].")] = None,
+    model: Annotated[str | None, typer.Option(help="Known name, folder or hub id (default: demo-codegen25).")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     format: FormatName = None,  # noqa: A002
     engine: Annotated[str | None, typer.Option(help="vllm, simulated (roofline clock) or instant.")] = None,
@@ -36,8 +36,8 @@ def score(
     dtype: Annotated[str | None, typer.Option(help="Weights and activations, e.g. bfloat16.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
-    replicas: Annotated[int | None, typer.Option(help="Engines side by side [default: 1].")] = None,
-    cores: Annotated[int | None, typer.Option(help="CPU cores of each replica [default: an equal share].")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Engines side by side (default: 1).")] = None,
+    cores: Annotated[int | None, typer.Option(help="CPU cores of each replica (default: an equal share).")] = None,
     score_end: Annotated[
         bool | None, typer.Option("--score-end", help="Score the model's end of infill behind each middle too.")
     ] = None,
@@ -45,23 +45,23 @@ def score(
         int | None, typer.Option(help="Start a cut prefix at a multiple of this many tokens.")
     ] = None,
     suffix_share: Annotated[float | None, typer.Option(help="Share of the context for the suffix.")] = None,
-    order: Annotated[str | None, typer.Option(help="prefix (within a part) or input [default: prefix].")] = None,
+    order: Annotated[str | None, typer.Option(help="prefix (within a part) or input (default: prefix).")] = None,
     column: Annotated[
         list[str] | None, typer.Option(help="ROLE=NAME for prefix, suffix, middle, text or id; repeatable.")
     ] = None,
     with_: Annotated[str | None, typer.Option("--with", help="truncated,source_file,source_row")] = None,
-    keep_columns: Annotated[str | None, typer.Option(help="Input columns to keep, by comma [default: all].")] = None,
-    rows_per_part: Annotated[int | None, typer.Option(help="Input rows of one output file [default: 10000].")] = None,
+    keep_columns: Annotated[str | None, typer.Option(help="Input columns to keep, by comma (default: all).")] = None,
+    rows_per_part: Annotated[int | None, typer.Option(help="Input rows of one output file (default: 10000).")] = None,
     compression: Annotated[str | None, typer.Option(help="zstd, snappy, gzip, lz4 or none.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
-    batch_rows: Annotated[int | None, typer.Option(help="Rows of a micro-batch [default: 64].")] = None,
-    max_attempts: Annotated[int | None, typer.Option(help="Tries of a row that kills its engine [default: 3].")] = None,
+    batch_rows: Annotated[int | None, typer.Option(help="Rows of a micro-batch (default: 64).")] = None,
+    max_attempts: Annotated[int | None, typer.Option(help="Tries of a row that kills its engine (default: 3).")] = None,
     max_error_rate: Annotated[
-        float | None, typer.Option(help="Stop beyond this share of error rows [default: 0.05].")
+        float | None, typer.Option(help="Stop beyond this share of error rows (default: 0.05).")
     ] = None,
-    feeders: Annotated[int | None, typer.Option(help="Processes that read and write [default: 1].")] = None,
+    feeders: Annotated[int | None, typer.Option(help="Processes that read and write (default: 1).")] = None,
     store_patience: Annotated[
-        float | None, typer.Option(help="Seconds for which a failing store is tried again [default: 60].")
+        float | None, typer.Option(help="Seconds for which a failing store is tried again (default: 60).")
     ] = None,
     retry_errors: Annotated[
         bool | None, typer.Option("--retry-errors", help="Do a job's error rows again, into new parts.")

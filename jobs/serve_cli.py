@@ -18,7 +18,7 @@ ROUTES = "jobs.routes:routes"
 
 def serve(
     config: Annotated[Path | None, typer.Option(help="A YAML file of an application's arguments; flags win.")] = None,
-    model: Annotated[str | None, typer.Option(help="Known name, folder or hub id [default: demo-codegen25].")] = None,
+    model: Annotated[str | None, typer.Option(help="Known name, folder or hub id (default: demo-codegen25).")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     format: FormatName = None,  # noqa: A002
     engine: Annotated[str | None, typer.Option(help="vllm, simulated (roofline clock) or instant.")] = None,
@@ -26,8 +26,8 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="Weights and activations, e.g. bfloat16.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
-    replicas: Annotated[int | None, typer.Option(help="Engines side by side [default: 1].")] = None,
-    gateways: Annotated[int | None, typer.Option(help="HTTP gateways side by side [default: 1].", min=1)] = None,
+    replicas: Annotated[int | None, typer.Option(help="Engines side by side (default: 1).")] = None,
+    gateways: Annotated[int | None, typer.Option(help="HTTP gateways side by side (default: 1).", min=1)] = None,
     host: Annotated[str, typer.Option(help="Where to listen; others than this machine need a tenant.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port.", min=1, max=65_535)] = 8_000,
 ) -> None:

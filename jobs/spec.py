@@ -22,7 +22,14 @@ ROLES = ("prefix", "suffix", "id")
 SCORE_ROLES = ("prefix", "suffix", "middle", "text", "id")
 EXTRA_COLUMNS = ("mean_logprob", "token_ids", "source_file", "source_row")
 SCORE_EXTRA_COLUMNS = ("truncated", "source_file", "source_row")
-GENERATION = ("max_tokens", "temperature", "top_p", "n", "seed", "stop", "stop_at_suffix", "trim")
+SAMPLED = ("top_k", "min_p")
+"""Fields that change a sampled infill, and no greedy one."""
+
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+GENERATION = (
+    *("max_tokens", "temperature", "top_p", "n", "seed", "stop", "stop_at_suffix", "trim"),
+    *(*SAMPLED, *PENALTIES),
+)
 """Fields of what is generated; a job that scores generates nothing."""
 
 COMPRESSIONS = ("zstd", "snappy", "gzip", "lz4", "none")
@@ -32,8 +39,9 @@ class JobSpec(Frozen):
     """A job: Parquet of prefix/suffix pairs in, Parquet of infills out; or, with ``task`` score, of likelihoods.
 
     ``input`` is a file, a folder or a glob, local or a URI; ``output`` a folder that belongs to this job. Lengths are
-    in tokens, ``max_error_rate`` is a share of the rows tried, ``store_patience`` is in seconds. ``tenant`` is whose
-    job it is where one fleet serves several: it parts their prefix caches, by ``weight`` their shares of the engines,
+    in tokens, ``max_error_rate`` is a share of the rows tried, ``store_patience`` is in seconds. How tokens are drawn,
+    with what penalties, is said as in vLLM's ``SamplingParams``. ``tenant`` is whose job it is where one fleet serves
+    several: it parts their prefix caches, by ``weight`` their shares of the engines,
     and changes no infill. Raises ``ConfigError`` naming every wrong field.
     """
 
@@ -56,6 +64,11 @@ class JobSpec(Frozen):
     max_tokens: int = Field(128, ge=1)
     temperature: float = Field(0.0, ge=0, le=10)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, lt=1 << 31)
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     n: int = Field(1, ge=1, le=1024)
     seed: int = Field(0, ge=0, lt=1 << 63)
     stop: tuple[str, ...] = ()
@@ -103,12 +116,15 @@ class JobSpec(Frozen):
             if self.score_end:
                 raise ValueError("score_end is for task score")
             return self
-        given = [name for name in GENERATION if getattr(self, name) != type(self).model_fields[name].default]
-        if given:
+        if given := self._chosen(GENERATION):
             raise ValueError(f"scoring generates nothing; leave out {', '.join(given)}")
         if self.order == "global":
             raise ValueError("order global is for a prefix cache, which scoring does not read; use prefix or input")
         return self
+
+    def _chosen(self, names: Sequence[str]) -> list[str]:
+        """Those of the fields that are not left at their defaults."""
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -159,11 +175,11 @@ class JobSpec(Frozen):
         names = {"columns", "extra_columns", "keep_columns", "limit"}
         names |= {"task", "score_end"} if self.task == "score" else {"max_tokens", "temperature", "n", "stop", "trim"}
         if self.temperature > 0:
-            names |= {"seed", "top_p"}
+            names |= {"seed", "top_p", *self._chosen(SAMPLED)}
         if self.order == "global":  # Which rows a part holds, and their order.
             names |= {"order"}
-        if self.stop_at_suffix:
-            names.add("stop_at_suffix")  # Only then: jobs that began before there was this option go on.
+        # Only where they are chosen: jobs that began before there were these options go on.
+        names |= set(self._chosen(("stop_at_suffix", *PENALTIES)))
         arguments = {key: value for key, value in engine.engine_args.items() if key not in SPEED_ARGUMENTS}
         return {
             "input": files,

@@ -26,7 +26,7 @@ MOST_SECONDS = 100 * 365 * 86_400
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Name = Annotated[str, typer.Argument(help="The tenant's name.")]
 KeyId = Annotated[str, typer.Argument(help="The key's id, as `spanfill keys list` shows it, or the whole key.")]
-Weight = Annotated[float | None, typer.Option(help="Share of a full fleet beside other tenants' [default: 1].")]
+Weight = Annotated[float | None, typer.Option(help="Share of a full fleet beside other tenants' (default: 1).")]
 TokenLimit = Annotated[
     int | None, typer.Option("--tokens-per-minute", min=0, help="Prompt and completion tokens; 0: no limit.")
 ]
@@ -36,7 +36,7 @@ ConcurrencyLimit = Annotated[
 ]
 Models = Annotated[str | None, typer.Option(help="The models that may be used, by comma, or all.")]
 RoleName = Annotated[str, typer.Option("--role", help="user or admin; an admin sees and changes all tenants.")]
-Expires = Annotated[str | None, typer.Option(help="How long the key is good, e.g. 12h, 30d or 8w [default: for ever].")]
+Expires = Annotated[str | None, typer.Option(help="How long the key is good, e.g. 12h, 30d or 8w (default: for ever).")]
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="Of this tenant alone.")]
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from jobs.spec import PENALTIES, SAMPLED
 from serving.api.ask import Answer, Ask, Decoding, ServedModel
 from serving.api.mistral import FimChoice, FimCompletion, FimMessage, FimRequest, ask_of
 from serving.api.openai import Completion, CompletionChoice, CompletionRequest, asks_of
@@ -16,7 +17,7 @@ from serving.formats import Format
 
 Sent = TypeVar("Sent", bound=BaseModel)
 
-JOB_DECODING = ("temperature", "top_p")
+JOB_DECODING = ("temperature", "top_p", *SAMPLED, *PENALTIES)
 """The fields of ``Decoding`` that a job knows."""
 
 WHOLE_REMEDY = "Leave it out, or send the request by itself."

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.api.order import Options, Order, WorkFolder
-from jobs.spec import JobSpec
+from jobs.spec import PENALTIES, SAMPLED, JobSpec
 from serving.api.ask import Ask
 
 MOST_GROUPS = 32
@@ -22,13 +22,16 @@ PASSED = ("line", "prompt")
 
 def options_of(ask: Ask) -> Options:
     """How an ask is decoded, spelled as all who mean it would spell it."""
-    greedy = ask.decoding.temperature == 0
+    decoding = ask.decoding
+    drawn = {} if decoding.temperature == 0 else {name: getattr(decoding, name) for name in SAMPLED}
     return Options(
         max_tokens=ask.max_tokens,
-        temperature=ask.decoding.temperature,
-        top_p=1.0 if greedy else ask.decoding.top_p,
+        temperature=decoding.temperature,
+        top_p=1.0 if decoding.temperature == 0 else decoding.top_p,
         n=ask.n,
         stop=tuple(sorted(set(ask.stop))),
+        **drawn,
+        **{name: getattr(decoding, name) for name in PENALTIES},
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.spec import JobSpec
-from serving.api.fields import MOST_STOPS, Flag, Integer, Name, Number, Share, StopWord
+from serving.api.fields import MOST_STOPS, Flag, Integer, Name, Number, Penalty, Repetition, Share, StopWord
 
 MOST_SAMPLES = 128
 MOST_COLUMNS = 1_000
@@ -28,6 +28,11 @@ class JobOptions(BaseModel):
     max_tokens: Length | None = None
     temperature: Annotated[Number, Field(ge=0, le=10)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(strict=True, ge=0, lt=1 << 31)] | None = None
+    min_p: Share | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
     n: Annotated[int, Field(strict=True, ge=1, le=MOST_SAMPLES)] | None = None
     seed: Annotated[Integer, Field(ge=0)] | None = None
     stop: Annotated[list[StopWord], Field(max_length=MOST_STOPS)] | None = None

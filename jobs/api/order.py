@@ -64,6 +64,11 @@ class Options(Frozen):
     top_p: float
     n: int
     stop: tuple[str, ...]
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 class LineError(Frozen):

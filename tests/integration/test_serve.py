@@ -32,6 +32,7 @@ SLOW = ("--engine", "simulated", "--engine-arg", "max_num_seqs=8")
 
 ENDED = ("completed", "failed", "cancelled", "expired")
 WORKER = "jobs.api.worker"
+PENALTY = {"repetition_penalty": 1.5}
 
 
 class Tenant:
@@ -43,10 +44,10 @@ class Tenant:
         self.openai = OpenAI(base_url=f"{server.url}/v1", api_key=self.key)
         self.http = httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60)
 
-    def batch(self, count: int) -> Batch:
+    def batch(self, count: int, **options: Any) -> Batch:
         """A new batch of so many lines."""
         asked = {"method": "POST", "url": "/v1/completions"}
-        lines = [{"custom_id": f"line {number}", "body": body(number)} | asked for number in range(count)]
+        lines = [{"custom_id": f"line {number}", "body": body(number) | options} | asked for number in range(count)]
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         file = self.openai.files.create(file=("lines.jsonl", data), purpose="batch")
         return self.openai.batches.create(
@@ -63,6 +64,12 @@ class Tenant:
         assert answer.status_code == 200, answer.text
         told: dict[str, Any] = answer.json()
         return told
+
+    def text(self, asked: dict[str, Any]) -> str:
+        """The answer to what somebody asks."""
+        answer = self.http.post("/v1/completions", json=asked).json()
+        text: str = answer["choices"][0]["text"]
+        return text
 
     def told(self, path: str) -> dict[str, Any]:
         """What is told of a batch or job; asked again while a gateway is started anew."""
@@ -279,9 +286,9 @@ def test_it_is_not_healthy_while_it_loads(tmp_path: Path) -> None:
 def test_batches_jobs_and_people_have_the_same_of_a_real_engine(tmp_path: Path) -> None:
     with running_server(tmp_path, "--model", "demo-codegen25") as server:
         tenant = Tenant(server, "acme")
-        batch, job = tenant.batch(4), tenant.job(4)
-        answers = [tenant.http.post("/v1/completions", json=body(number)).json() for number in range(4)]
-        texts = [answer["choices"][0]["text"] for answer in answers]
+        batch, job = tenant.batch(4, **PENALTY), tenant.job(4, **PENALTY)
+        plain, texts = ([tenant.text(body(number) | more) for number in range(4)] for more in ({}, PENALTY))
+        assert plain != texts
         told = tenant.ended(f"/v1/batches/{batch.id}")
         assert told["status"] == "completed", told
         lines = tenant.lines(told["output_file_id"])

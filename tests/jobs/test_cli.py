@@ -250,3 +250,11 @@ def test_help_shows_an_example(spanfill: Command, command: str) -> None:
     done = spanfill(*command.split(), "--help")
     assert done.code == 0
     assert "Example: spanfill" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "score", "serve", "tenants create", "keys rotate", "plan", "tune"])
+def test_help_tells_what_an_option_is_without_it(spanfill: Command, command: str) -> None:
+    """What stands in brackets may be taken for markup, and is not printed then."""
+    told = spanfill(*command.split(), "--help").stdout
+    assert "default: " in told
+    assert " .  " not in told

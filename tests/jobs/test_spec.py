@@ -19,12 +19,24 @@ def job_fingerprint(**options: Any) -> str:
 
 
 BEGUN = "a63008f688cd"
-"""Of a job that began before there was ``stop_at_suffix``."""
+"""Of a job that began before there was ``stop_at_suffix``, and before there were penalties."""
+
+LATER: dict[str, Any] = {"presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1}
+DRAWN: dict[str, Any] = {"top_k": 5, "min_p": 0.1}
 
 
 def test_options_that_came_later_leave_begun_jobs_what_they_are_until_they_are_used() -> None:
     assert job_fingerprint() == job_fingerprint(stop_at_suffix=False) == BEGUN
     assert job_fingerprint(stop_at_suffix=True) != BEGUN
+    assert job_fingerprint(top_k=0, min_p=0.0, repetition_penalty=1.0) == BEGUN
+    for name, value in LATER.items():
+        assert job_fingerprint(**{name: value}) != BEGUN
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_narrows_the_draw_changes_a_job_that_draws(name: str) -> None:
+    assert job_fingerprint(**{name: DRAWN[name]}) == BEGUN
+    assert job_fingerprint(temperature=0.5, **{name: DRAWN[name]}) != job_fingerprint(temperature=0.5)
 
 
 @pytest.mark.parametrize("name", [knob.name for knob in GRID])

@@ -110,11 +110,6 @@ WRONG: dict[str, dict[str, Any]] = {
     "echo": {"echo": True},
     "stream": {"stream": True},
     "logit_bias": {"logit_bias": {"5": 1}},
-    "presence_penalty": {"presence_penalty": 0.5},
-    "frequency_penalty": {"frequency_penalty": 0.5},
-    "repetition_penalty": {"repetition_penalty": 1.5},
-    "top_k": {"top_k": 4},
-    "min_p": {"min_p": 0.1},
     "min_tokens": {"min_tokens": 2},
     "ignore_eos": {"ignore_eos": True},
     "max_tokens": {"max_tokens": 0},
@@ -134,6 +129,24 @@ def test_what_jobs_do_not_know_fails_its_line_alone_and_says_so(folder: WorkFold
     for words, message in told.items():
         assert words in message, message
     assert {record.refused.status for record in records(folder) if record.refused} == {400}
+
+
+def test_penalties_and_narrower_sampling_are_the_jobs_too(folder: WorkFolder) -> None:
+    """Greedy decoding heeds the penalties and nothing else."""
+    chosen: dict[str, Any] = {
+        "top_k": 4,
+        "min_p": 0.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.5,
+    }
+    lines = [ask("drawn", temperature=0.7, **chosen), ask("greedy", temperature=0, **chosen), ask("plain")]
+    plan = translated(folder, jsonl(*lines))
+    assert refusals(folder) == {}
+    drawn, greedy, plain = plan.groups
+    assert {name: getattr(drawn, name) for name in chosen} == chosen
+    assert {name: getattr(greedy, name) for name in chosen} == chosen | {"top_k": 0, "min_p": 0.0}
+    assert plain == Options(max_tokens=16, temperature=1, top_p=1, n=1, stop=())
 
 
 def test_what_changes_nothing_is_accepted(folder: WorkFolder) -> None:
