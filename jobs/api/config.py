@@ -27,13 +27,15 @@ class RoutesConfig(Frozen):
     ``app`` is the configuration of the application whose replicas do the work: a job joins it by its engine. ``folder``
     holds what tenants store, by default ``files`` in spanfill's home; gateways on several nodes, and the nodes that run
     jobs, must share it. ``at_once`` batches and jobs run at the same time on one node, one of several for a tenant of
-    whom nothing runs; 0: this gateway only takes them. ``input_prefixes`` are URIs that end with a slash, below which
-    every tenant may read: by default none.
+    whom nothing runs; 0: this gateway only takes them. One that has run for ``turn_seconds`` makes way when a tenant of
+    whom nothing runs waits, and goes on later where it was. ``input_prefixes`` are URIs that end with a slash, below
+    which every tenant may read: by default none.
     """
 
     app: AppConfig | None = None
     folder: str | None = None
     at_once: int = Field(3, ge=0, le=64)
+    turn_seconds: float = Field(600.0, gt=0)
     upload_bytes: int = Field(512 << 20, ge=1)
     batch_bytes: int = Field(200 << 20, ge=1)
     batch_lines: int = Field(50_000, ge=1)

@@ -137,7 +137,7 @@ class Queue:
             .limit(1)
         )
         if idle_only:
-            query = query.where(WorkRow.tenant.not_in(select(HELD.tenant).where(HELD.held_until >= now)))
+            query = query.where(_of_idle_tenants(now))
         with self._database.session() as session:
             if session.scalars(query).first() is None:  # Looking alone keeps no writer waiting.
                 return None
@@ -148,6 +148,14 @@ class Queue:
                 if work.status == "queued" and not closing:
                     _move(work, "validating" if work.kind == "batch" else "in_progress", now)
         return work
+
+    def is_waited_for(self, models: Sequence[str]) -> bool:
+        """Whether a work of one of the models waits of a tenant of whom none is held."""
+        now = self.clock()
+        waiting = (WorkRow.status == "queued", WorkRow.ready <= now, _due(now, closing=False))
+        query = select(WorkRow.id).where(*waiting, WorkRow.model.in_(models), _of_idle_tenants(now)).limit(1)
+        with self._database.session() as session:
+            return session.scalar(query) is not None
 
     def renew(self, work_id: str, holder: str, status: Status | None = None, **told: Any) -> WorkRow:
         """Hold a work for another while, and say how far it is; raises ``LeaseLostError``.
@@ -190,6 +198,10 @@ def _own(tenant: str, kind: Kind) -> tuple[ColumnElement[bool], ColumnElement[bo
 
 def _free(now: float) -> ColumnElement[bool]:
     return or_(WorkRow.held_until.is_(None), WorkRow.held_until < now)
+
+
+def _of_idle_tenants(now: float) -> ColumnElement[bool]:
+    return WorkRow.tenant.not_in(select(HELD.tenant).where(HELD.held_until >= now))
 
 
 def _of(models: Sequence[str], now: float, *, closing: bool) -> ColumnElement[bool]:

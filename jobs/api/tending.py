@@ -17,7 +17,7 @@ from jobs.api.queue import Status
 from jobs.status import Status as JobState
 from jobs.status import read_status
 from jobs.store import locate, publish_bytes
-from serving.errors import DamagedStateError, LeaseLostError, ModelNotFoundError, SpanfillError
+from serving.errors import DamagedStateError, DatabaseAwayError, LeaseLostError, ModelNotFoundError, SpanfillError
 from serving.tenants.tables import FileRow, WorkRow
 from serving.tenants.usage import UsageRecord
 
@@ -25,6 +25,9 @@ BEAT_SECONDS = 2.0
 """How often a claim is renewed and progress told; a cancellation is seen as late."""
 
 POLL_SECONDS = 0.1
+AWAY_SECONDS = 10.0
+"""For how long a work that has made way is left to those for whom it did."""
+
 HELD_SECONDS = 3.0
 """When to look again for a folder where the process of a dead gateway still works."""
 
@@ -48,6 +51,7 @@ class Tending:
         self._folder = office.shelf.work_folder(work.tenant, work.id)
         self._metered: set[str] = set()
         self._earlier: int | None = None
+        self._makes_way = False
         self._used = dict.fromkeys(COUNTED, 0)
 
     def run(self) -> None:
@@ -85,13 +89,15 @@ class Tending:
 
     def _watch(self, mode: Mode) -> int:
         """Run a process; returns its exit code."""
-        process, renewed = WorkProcess(self._folder, mode), 0.0
+        process, renewed, began = WorkProcess(self._folder, mode), 0.0, time.monotonic()
         try:
             while (code := process.poll()) is None:
                 if time.monotonic() - renewed >= BEAT_SECONDS:
                     self._beat()
                     renewed = time.monotonic()
-                if self._office.stopping.is_set() or (mode == "run" and self._cut_short() is not None):
+                    if mode == "run" and renewed - began >= self._office.config.turn_seconds:
+                        self._makes_way = self._makes_way or self._is_waited_for()
+                if self._office.stopping.is_set() or (mode == "run" and (self._makes_way or self._cut_short())):
                     process.stop()
                 time.sleep(POLL_SECONDS)
             return code
@@ -108,6 +114,12 @@ class Tending:
             raise
         except SpanfillError as error:
             logger.warning("%s goes on, how far it is cannot be told: %s", self._work.id, error)
+
+    def _is_waited_for(self) -> bool:
+        """Whether others' turn has come; nobody knows while the database is away."""
+        with suppress(DatabaseAwayError):
+            return self._office.queue.is_waited_for(self._office.models)
+        return False
 
     def _progress(self) -> tuple[Status | None, dict[str, Any]]:
         states = [state for _, path in self._folder.begun() if (state := _state(path)) is not None]
@@ -150,6 +162,9 @@ class Tending:
             self._settle(status)
         elif code == EXIT_HELD or self._office.stopping.is_set():
             self._release(HELD_SECONDS if code == EXIT_HELD else 0.0)
+        elif self._makes_way:
+            self._meter()
+            self._release(AWAY_SECONDS)
         else:
             self._meter()
             message = f"Its process ended with exit code {code}. The server's log tells more."

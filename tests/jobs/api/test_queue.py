@@ -108,6 +108,19 @@ def test_a_long_job_of_one_tenant_does_not_keep_another_waiting(queue: Queue, cl
     assert again.id == after.id
 
 
+def test_a_work_is_waited_for_by_tenants_of_whom_none_is_held(queue: Queue, clock: Clock) -> None:
+    submit(queue, "acme", seconds=1_000)
+    assert claim(queue) is not None
+    assert not queue.is_waited_for(MODELS)
+    submit(queue, "acme", seconds=1_000)
+    assert not queue.is_waited_for(MODELS)
+    submit(queue, "zeta", seconds=1_000)
+    assert queue.is_waited_for(MODELS)
+    assert not queue.is_waited_for(["other"])
+    assert claim(queue, idle_only=True) is not None
+    assert not queue.is_waited_for(MODELS)
+
+
 def test_a_revoked_tenants_works_are_cancelled(queue: Queue, clock: Clock, url: str) -> None:
     store = TenantStore(database_address(url), clock=clock)
     store.create_tenant("acme")
