@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 UNMEASURED_SECONDS = 600.0
 """A replica's patience before anybody measured: one step of a large prefill on a slow CPU may take minutes."""
 
-LEAST_SECONDS = 10.0
-"""Patience of the fastest engine: a starved machine or a garbage collection is no hang."""
+LEAST_SECONDS = 30.0
+"""Patience of the fastest engine: a starved machine is no hang, nor is the first request of its kind, whose kernels are
+compiled when it comes."""
 
 FACTOR = 8.0
 
