@@ -15,7 +15,7 @@ from serving.api.ask import Service
 from serving.api.door import Door
 from serving.api.edge import Edge
 from serving.api.metrics import Metrics
-from serving.api.replies import install
+from serving.api.replies import UNAVAILABLE, WAITS, install, wait_headers
 from serving.engine_args import installed_version
 
 DESCRIPTION = (
@@ -65,11 +65,14 @@ def _operation(metrics: Metrics, is_healthy: Callable[[], bool]) -> APIRouter:
     """What operators and their machines look at, without a key."""
     routes = APIRouter(tags=["Operation"])
 
-    @routes.get("/health", response_model=Health, responses={503: {"model": Health, "description": "No engine yet."}})
+    none = {"model": Health, "description": "No engine yet.", "headers": WAITS}
+
+    @routes.get("/health", response_model=Health, responses={503: none})
     async def health() -> Response:
         """Whether an engine answers."""
-        healthy = is_healthy()
-        return JSONResponse({"status": "ok" if healthy else "loading model"}, 200 if healthy else 503)
+        if is_healthy():
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "loading model"}, UNAVAILABLE, wait_headers())
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def told() -> Response:

@@ -45,6 +45,7 @@ def test_health_says_whether_an_engine_answers() -> None:
     for healthy, status, word in ((True, 200, "ok"), (False, 503, "loading model")):
         answer = TestClient(app_of(healthy=healthy)).get("/health")
         assert (answer.status_code, answer.json()) == (status, {"status": word})
+        assert ("retry-after" in answer.headers) == (status == 503)
 
 
 def test_metrics_are_prometheus() -> None:

@@ -173,6 +173,7 @@ def test_nothing_of_a_body_is_read_while_keys_cannot_be_looked_up() -> None:
     asked = scope(COMPLETE, [(b"authorization", b"Bearer unknowable"), (b"transfer-encoding", b"chunked")])
     status, headers, told = answered_unread(gateway, asked)
     assert (status, headers[b"connection"], told["error"]["code"]) == (503, b"close", "database_away")
+    assert int(headers[b"retry-after"]) > 0
     assert gateway.counted(COMPLETE) == {"503": 1}
 
 
