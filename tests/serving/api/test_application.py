@@ -48,6 +48,21 @@ def test_health_says_whether_an_engine_answers() -> None:
         assert ("retry-after" in answer.headers) == (status == 503)
 
 
+def test_a_text_behind_the_gap_that_is_too_long_is_named_with_what_there_is_room_for() -> None:
+    """Not the tokens of the answer, of which few were asked for; what fits is not refused."""
+    client = TestClient(app_of())
+    for words, status in ((100, 200), (1_000, 400)):
+        sent = {"input_prefix": "a", "input_suffix": "b", "prompt": " x" * words, "n_predict": 2}
+        answer = client.post("/infill", json=sent, headers=KEY)
+        assert answer.status_code == status, answer.text
+    message = answer.json()["error"]["message"]
+    assert message.startswith(
+        "prompt: its 1,000 tokens stand behind the gap, where a context of 256 tokens has room for "
+    )
+    assert "beside 2 of the answer" in message
+    assert "max_tokens" not in message
+
+
 def test_metrics_are_prometheus() -> None:
     client = TestClient(app_of())
     client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers=KEY)
