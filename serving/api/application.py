@@ -67,6 +67,7 @@ def _operation(metrics: Metrics, is_healthy: Callable[[], bool]) -> APIRouter:
 
     none = {"model": Health, "description": "No engine yet.", "headers": WAITS}
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", response_model=Health, responses={503: none})
     async def health() -> Response:
         """Whether an engine answers."""

@@ -175,6 +175,13 @@ def test_a_client_that_goes_away_in_mid_stream_frees_the_engine_within_a_second(
     assert time.monotonic() - left < 1.0
 
 
+def test_load_balancers_may_ask_for_the_head_of_health(site: Site) -> None:
+    with httpx.Client(base_url=site.url) as client:
+        answer = client.head("/health")
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert client.get("/health").json() == {"status": "ok"}
+
+
 def test_whoever_has_no_key_is_told_so_before_and_behind_a_large_body(site: Site) -> None:
     body = b'{"prompt":[' + b"[]," * 1_300_000 + b"[]]}"
     with httpx.Client(base_url=site.url) as client:
