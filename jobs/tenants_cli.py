@@ -35,7 +35,13 @@ ConcurrencyLimit = Annotated[
     int | None, typer.Option("--max-concurrency", min=0, help="Requests at the same time; 0: no limit.")
 ]
 Models = Annotated[str | None, typer.Option(help="The models that may be used, by comma, or all.")]
-RoleName = Annotated[str, typer.Option("--role", help="user or admin; an admin sees and changes all tenants.")]
+RoleName = Annotated[
+    str,
+    typer.Option(
+        "--role",
+        help="user or admin; by HTTP an admin sees all tenants' usage, and lists and cancels their batches and jobs.",
+    ),
+]
 Expires = Annotated[str | None, typer.Option(help="How long the key is good, e.g. 12h, 30d or 8w (default: for ever).")]
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="Of this tenant alone.")]
 

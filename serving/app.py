@@ -161,17 +161,16 @@ def pinned(config: AppConfig) -> AppConfig:
 def assemble(config: AppConfig, *, app: str) -> Application:
     """The replicas, behind gateways if there are to be some, placed on the nodes that are alive now.
 
-    Raises ``ConfigError``, for several gateways on several nodes with an embedded database too, and ``ModelError``.
+    Raises ``ConfigError``, for gateways on several nodes with an embedded database too, and ``ModelError``.
     """
     import ray
 
-    from serving.tenants.database import refuse_embedded
+    from serving.api.gateway import check_database
 
     config = pinned(config)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if config.gateways > 1:
-        refuse_embedded(None, [node["NodeManagerHostname"] for node in nodes])
-    replica = place(config.replicas, [node["Resources"] for node in nodes])
+    if config.gateways:
+        check_database()
+    replica = place(config.replicas, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     if config.gateways and replica.rows_beside is None:
         on_cpu = config.engine == "vllm" and not replica.use_gpu
         replica = replica.model_copy(update={"rows_beside": CPU_ROWS_BESIDE if on_cpu else GPU_ROWS_BESIDE})

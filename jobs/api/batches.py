@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, cast
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, ConfigDict, Field
 
+from jobs.api.admins import OfTenant, ended_tenant, seen_tenant
 from jobs.api.config import RoutesConfig
 from jobs.api.queue import Queue
 from jobs.api.replies import After, ExpiresAfter, Id, Limit, Metadata, page_of, seconds_of
@@ -180,9 +181,11 @@ def router(service: Service, shelf: Shelf, queue: Queue, caller: WhoCalls, confi
         return batch_reply(_submit(sent, who, model, shelf, queue, config))
 
     @routes.get("/v1/batches", response_model=Batches, responses=documented(400, *READ))
-    def batches(who: Annotated[Caller, me], after: After = None, limit: Limit = LISTED) -> Batches:
-        """The tenant's batches, the newest first."""
-        found, more = queue.page(who.tenant, "batch", page_of(limit, after))
+    def batches(
+        who: Annotated[Caller, me], after: After = None, limit: Limit = LISTED, tenant: OfTenant = None
+    ) -> Batches:
+        """The tenant's batches, the newest first; for an admin any tenant's."""
+        found, more = queue.page(seen_tenant(who, tenant), "batch", page_of(limit, after))
         data = [batch_reply(work) for work in found]
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return Batches(data=data, first_id=first, last_id=last, has_more=more)
@@ -194,7 +197,7 @@ def router(service: Service, shelf: Shelf, queue: Queue, caller: WhoCalls, confi
 
     @routes.post("/v1/batches/{batch_id}/cancel", response_model=Batch, responses=documented(400, *READ))
     def cancel(batch_id: Id, who: Annotated[Caller, me]) -> Batch:
-        """End a batch; what is done by then is delivered."""
-        return batch_reply(queue.cancel(who.tenant, "batch", batch_id))
+        """End a batch; what is done by then is delivered. An admin may end any tenant's."""
+        return batch_reply(queue.cancel(ended_tenant(who), "batch", batch_id))
 
     return routes

@@ -86,13 +86,16 @@ class Queue:
         with self._database.session() as session:
             return find_row(session, WorkRow, work_id, *_own(tenant, kind))
 
-    def page(self, tenant: str, kind: Kind, page: Page) -> tuple[list[WorkRow], bool]:
-        """A part of a tenant's works, and whether more follow; raises ``NotFoundError``."""
+    def page(self, tenant: str | None, kind: Kind, page: Page) -> tuple[list[WorkRow], bool]:
+        """A part of a tenant's works, or of everybody's, and whether more follow; raises ``NotFoundError``."""
         with self._database.session() as session:
             return read_page(session, WorkRow, page, *_own(tenant, kind))
 
-    def cancel(self, tenant: str, kind: Kind, work_id: str) -> WorkRow:
-        """Ask for a work's end; raises ``NotFoundError``, and ``UsageError`` for one that has ended by itself."""
+    def cancel(self, tenant: str | None, kind: Kind, work_id: str) -> WorkRow:
+        """Ask for the end of a tenant's work, or of anybody's.
+
+        Raises ``NotFoundError``, and ``UsageError`` for one that has ended by itself.
+        """
         now = self.clock()
         with self._database.session(writes=True) as session:
             work = find_row(session, WorkRow, work_id, *_own(tenant, kind), lock=True)
@@ -192,8 +195,9 @@ class Queue:
             work.ended, work.bytes = now, size
 
 
-def _own(tenant: str, kind: Kind) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    return WorkRow.tenant == tenant, WorkRow.kind == kind
+def _own(tenant: str | None, kind: Kind) -> tuple[ColumnElement[bool], ...]:
+    ours = WorkRow.kind == kind
+    return (ours,) if tenant is None else (WorkRow.tenant == tenant, ours)
 
 
 def _free(now: float) -> ColumnElement[bool]:

@@ -7,15 +7,13 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel
 
+from jobs.api.admins import TEXT, OfTenant, seen_tenant
 from serving.api.parts import WhoCalls
 from serving.api.replies import READ, documented
-from serving.errors import ForbiddenError, UsageError
+from serving.errors import UsageError
 from serving.tenants.caller import Caller
 from serving.tenants.store import TenantStore
 from serving.tenants.usage import DIMENSIONS, Dimension, UsageFilter, UsageLine
-
-EVERYBODY = "*"
-TEXT = r"^[A-Za-z0-9*][A-Za-z0-9._*-]{0,63}$"
 
 Wanted = Annotated[str | None, Query(pattern=TEXT)]
 
@@ -41,15 +39,6 @@ class UsageReport(BaseModel):
     data: list[Used]
 
 
-def seen_tenant(who: Caller, wanted: str | None) -> str | None:
-    """Whose usage a caller may see, None for everybody's; raises ``ForbiddenError``, whoever there is."""
-    if wanted is None or wanted == who.tenant:
-        return who.tenant
-    if who.role != "admin":
-        raise ForbiddenError("Only an admin sees other tenants' usage.", remedy="Leave tenant out.")
-    return None if wanted == EVERYBODY else wanted
-
-
 def dimensions_of(by: str) -> list[Dimension]:
     """``day,model`` and the like, in the order of reports; raises ``UsageError`` for an unknown one."""
     names = by.split(",")
@@ -65,7 +54,7 @@ def router(store: TenantStore, caller: WhoCalls) -> APIRouter:
     @routes.get("/v1/usage", response_model=UsageReport, responses=documented(400, *READ))
     def usage(
         who: Annotated[Caller, Depends(caller)],
-        tenant: Annotated[str | None, Query(pattern=TEXT, description="For admins: a name, or `*` for all.")] = None,
+        tenant: OfTenant = None,
         by: Annotated[str, Query(max_length=64, description="Any of tenant,day,model,key,job.")] = ",".join(DIMENSIONS),
         key: Wanted = None,
         job: Wanted = None,

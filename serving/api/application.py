@@ -5,15 +5,17 @@ from typing import Literal
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.routing import BaseRoute
 from starlette.types import Lifespan
 
 from serving.api import llamacpp, mistral, ollama, openai
 from serving.api.ask import Service
+from serving.api.door import Door
 from serving.api.edge import Edge
 from serving.api.metrics import Metrics
-from serving.api.parts import WhoCalls
-from serving.api.replies import install
+from serving.api.replies import UNAVAILABLE, WAITS, install, wait_headers
 from serving.engine_args import installed_version
 
 DESCRIPTION = (
@@ -30,7 +32,7 @@ class Health(BaseModel):
 
 def application(
     service: Service,
-    caller: WhoCalls,
+    door: Door,
     metrics: Metrics,
     *,
     is_healthy: Callable[[], bool],
@@ -40,27 +42,38 @@ def application(
 ) -> FastAPI:
     """All dialects, ``routers`` behind them, ``/health`` and ``/metrics``.
 
-    ``caller`` is the dependency that tells who calls. ``larger`` gives the bytes that bodies may have at some paths.
+    ``door`` is the dependency that tells who calls; no route that has it reads a body before it knows. ``larger`` gives
+    the bytes that bodies may have at some paths.
     """
     app = FastAPI(title="spanfill", version=installed_version("spanfill"), description=DESCRIPTION, lifespan=lifespan)
     install(app)
     for dialect in (openai, mistral, llamacpp, ollama):
-        app.include_router(dialect.router(service, caller))
+        app.include_router(dialect.router(service, door))
     for router in (*routers, _operation(metrics, is_healthy)):
         app.include_router(router)
-    app.add_middleware(Edge, metrics=metrics, larger=larger)
+    guarded = [route for route in app.routes if _asks(route, door)]
+    app.add_middleware(Edge, metrics=metrics, door=door, guarded=guarded, larger=larger)
     return app
+
+
+def _asks(route: BaseRoute, door: Door) -> bool:
+    """Whether a route asks for a key."""
+    return isinstance(route, APIRoute) and any(needed.call is door for needed in route.dependant.dependencies)
 
 
 def _operation(metrics: Metrics, is_healthy: Callable[[], bool]) -> APIRouter:
     """What operators and their machines look at, without a key."""
     routes = APIRouter(tags=["Operation"])
 
-    @routes.get("/health", response_model=Health, responses={503: {"model": Health, "description": "No engine yet."}})
+    none = {"model": Health, "description": "No engine yet.", "headers": WAITS}
+
+    @routes.head("/health", include_in_schema=False)
+    @routes.get("/health", response_model=Health, responses={503: none})
     async def health() -> Response:
         """Whether an engine answers."""
-        healthy = is_healthy()
-        return JSONResponse({"status": "ok" if healthy else "loading model"}, 200 if healthy else 503)
+        if is_healthy():
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "loading model"}, UNAVAILABLE, wait_headers())
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def told() -> Response:

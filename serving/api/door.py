@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
-from fastapi import Security
+from fastapi import Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.types import Scope
 
 from serving.errors import AuthenticationError
 from serving.tenants.caller import Caller
@@ -20,6 +21,9 @@ BEARER = HTTPBearer(
 )
 X_API_KEY = APIKeyHeader(name="x-api-key", scheme_name="x-api-key", auto_error=False)
 API_KEY = APIKeyHeader(name="api-key", scheme_name="api-key", auto_error=False)
+
+CALLER = "spanfill.caller"
+"""Where a request's scope says who calls, once that is known."""
 
 
 class Door:
@@ -37,19 +41,31 @@ class Door:
 
     async def __call__(
         self,
-        bearer: Annotated[HTTPAuthorizationCredentials | None, Security(BEARER)],
-        x_api_key: Annotated[str | None, Security(X_API_KEY)],
-        api_key: Annotated[str | None, Security(API_KEY)],
+        request: Request,
+        _bearer: Annotated[HTTPAuthorizationCredentials | None, Security(BEARER)],
+        _x_api_key: Annotated[str | None, Security(X_API_KEY)],
+        _api_key: Annotated[str | None, Security(API_KEY)],
     ) -> Caller:
-        """Who calls; raises ``AuthenticationError``."""
-        if await self._is_open():
-            return OPEN_CALLER
-        key = (bearer.credentials.strip() if bearer else "") or x_api_key or api_key
-        if not key:
-            raise AuthenticationError("no key was sent.", remedy=f"Send Authorization: Bearer KEY. {HOW_TO_MAKE_ONE}.")
-        return await self._find(key)
+        """As ``let_in``; that the headers are named here is for OpenAPI's description."""
+        return await self.let_in(request.scope)
+
+    async def let_in(self, scope: Scope) -> Caller:
+        """Who calls, looked up once a request; raises ``AuthenticationError``, ``DatabaseAwayError``."""
+        if CALLER not in scope:
+            scope[CALLER] = OPEN_CALLER if await self._is_open() else await self._find(await _key(Request(scope)))
+        caller: Caller = scope[CALLER]
+        return caller
 
     async def _is_open(self) -> bool:
         if self._has_tenants is not None and await asyncio.to_thread(self._has_tenants):
             self._has_tenants = None
         return self._has_tenants is not None
+
+
+async def _key(request: Request) -> str:
+    """The key that was sent; raises ``AuthenticationError`` when there is none."""
+    bearer = await BEARER(request)
+    key = (bearer.credentials.strip() if bearer else "") or await X_API_KEY(request) or await API_KEY(request)
+    if not key:
+        raise AuthenticationError("no key was sent.", remedy=f"Send Authorization: Bearer KEY. {HOW_TO_MAKE_ONE}.")
+    return key

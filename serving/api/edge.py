@@ -1,15 +1,21 @@
-"""What surrounds every request: its body is bounded, its answer says how the caller stands, its times are counted."""
+"""What surrounds every request: no body is read without a key or beyond its bounds, times are counted, and the answer
+says how the caller stands.
+"""
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from fastapi import HTTPException
+from fastapi import HTTPException, Request
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.api.door import Door
 from serving.api.metrics import Metrics
+from serving.api.replies import reply
+from serving.errors import SpanfillError
 
 MOST_BODY = 4 << 20
 """Bytes of a request's body; a route that takes larger ones (files) is named in ``larger``."""
@@ -30,11 +36,25 @@ noted: ContextVar[Noted | None] = ContextVar("noted", default=None)
 
 
 class Edge:
-    """ASGI middleware; ``larger`` gives the bytes that the bodies of some paths may have instead of ``MOST_BODY``."""
+    """ASGI middleware.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, larger: Mapping[str, int] | None = None) -> None:
+    What ``guarded`` routes would answer is let in by the ``door`` before anything of the body is read: else whoever
+    has no key could keep the gateway busy with bodies. ``larger`` gives the bytes that the bodies of some paths may
+    have instead of ``MOST_BODY``.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        door: Door,
+        guarded: Sequence[BaseRoute],
+        larger: Mapping[str, int] | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._door = door
+        self._guarded = guarded
         self._larger = larger or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,7 +75,7 @@ class Edge:
             await send(message)
 
         try:
-            await self._app(scope, _bounded(scope, receive, self._most(scope)), sent)
+            await self._answer(scope, receive, sent)
         except asyncio.CancelledError:
             status = GONE
             raise
@@ -63,8 +83,28 @@ class Edge:
             noted.reset(token)
             self._metrics.answered(_route(scope), status, time.monotonic() - started)
 
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = next((route for route in self._guarded if route.matches(scope)[0] is Match.FULL), None)
+        if route is not None:
+            try:
+                await self._door.let_in(scope)
+            except SpanfillError as error:
+                scope["route"] = route
+                await _turned_away(scope, receive, send, error)
+                return
+        await self._app(scope, _bounded(scope, receive, self._most(scope)), send)
+
     def _most(self, scope: Scope) -> int:
         return self._larger.get(scope["path"], MOST_BODY)
+
+
+async def _turned_away(scope: Scope, receive: Receive, send: Send, error: SpanfillError) -> None:
+    """Answer with an error; nobody waits for the rest of a body, so the connection is of no more use behind one."""
+    answer = reply(Request(scope), error)
+    headers = dict(scope["headers"])
+    if headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
+        answer.headers["Connection"] = "close"
+    await answer(scope, receive, send)
 
 
 def _bounded(scope: Scope, receive: Receive, most: int) -> Receive:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from fastapi import APIRouter, FastAPI
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -25,6 +26,7 @@ from serving.models import Model
 from serving.protocol import EngineInfo, EngineStats
 from serving.router import streamed
 from serving.tenants.caller import Caller
+from serving.tenants.database import refuse_embedded
 from serving.tenants.desk import Desk
 from serving.tenants.directory import Directory
 from serving.tenants.metering import Meter, open_meter
@@ -91,6 +93,14 @@ def served(model: Model, name: str, context: int) -> ServedModel:
     )
 
 
+def check_database() -> None:
+    """Raise ``ConfigError`` for an SQLite database where several nodes are alive.
+
+    Serve starts a gateway, be it the only one, on any node, and again on another when its own is lost.
+    """
+    refuse_embedded(None, [node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]])
+
+
 class Watch:
     """Reads the replicas every ``LOOK_SECONDS`` and tells the desk what they hold."""
 
@@ -133,11 +143,15 @@ class Watch:
 
 
 class Gateway:
-    """One gateway process; Serve gives it requests by ASGI."""
+    """One gateway process; Serve gives it requests by ASGI.
+
+    It looks for itself where it is: nodes may have joined since the application was built.
+    """
 
     async def __init__(  # type: ignore[misc]
         self, replicas: DeploymentHandle, config: GatewayConfig, model: ServedModel, application: AppConfig
     ) -> None:
+        await asyncio.to_thread(check_database)
         self._config, self._model, self._application = config, model, application
         calls = streamed(replicas)
         self._metrics = Metrics()

@@ -38,23 +38,31 @@ def render(ask: Ask, fmt: Format, context: int) -> Rendered:
         )
     if ask.token_ids is not None:
         return Rendered(ask, _checked(ask.token_ids, fmt, room), truncated=False)
-    behind = _behind(ask.behind, fmt) if ask.behind else ()
+    behind = _behind(ask, fmt, context) if ask.behind else ()
     try:
         prompt = fmt.prompt(
             ask.prefix, ask.suffix, max_tokens=max(1, ask.max_tokens) + len(behind), max_context=context
         )
     except ConfigError as error:
-        raise UsageError(error.message, remedy="Ask for fewer max_tokens, or for less text behind the gap.") from None
+        raise UsageError(error.message, remedy="Ask for fewer max_tokens.") from None
     if prompt.truncated and ask.echo:
         raise _too_long("the prompt does not fit", context, ask.max_tokens)
     return Rendered(ask, (*prompt.token_ids, *behind), prompt.truncated)
 
 
-def _behind(text: str, fmt: Format) -> tuple[int, ...]:
-    """The ids of a text that stands where a completion begins."""
-    (ids,) = fmt.completions([text])
+def _behind(ask: Ask, fmt: Format, context: int) -> tuple[int, ...]:
+    """The ids of the text that stands where a completion begins; never cut, since the answer goes on from its end."""
+    (ids,) = fmt.completions([ask.behind])
     if isinstance(ids, SpanfillError):
         raise ids
+    tokens = max(1, ask.max_tokens)
+    most = max(0, context - tokens - fmt.control_count - 1)
+    if len(ids) > most:
+        raise UsageError(
+            f"prompt: its {len(ids):,} tokens stand behind the gap, where a context of {context:,} tokens has room for "
+            f"{most:,} beside {tokens:,} of the answer.",
+            remedy="Shorten it, or ask for fewer tokens.",
+        )
     return tuple(ids)
 
 

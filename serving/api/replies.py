@@ -17,6 +17,10 @@ from serving.api.events import encoded, event
 from serving.api.parts import LIMIT_HEADERS
 from serving.errors import AuthenticationError, LimitError, SpanfillError
 
+UNAVAILABLE = 503
+RETRY_SECONDS = 2.0
+"""When to come again where nothing better is known: what is lost is seldom back sooner."""
+
 MOST_TOLD = 3
 """Wrong fields named in one message."""
 
@@ -111,9 +115,16 @@ def problem_of(error: Exception) -> Problem:
 
 def _headers(error: SpanfillError) -> dict[str, str]:
     if isinstance(error, LimitError):
-        wait = max(0.0, error.retry_after)
-        return {"Retry-After": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(1_000 * wait))}
+        return wait_headers(error.retry_after)
+    if error.http_status == UNAVAILABLE:
+        return wait_headers()
     return {"WWW-Authenticate": "Bearer"} if isinstance(error, AuthenticationError) else {}
+
+
+def wait_headers(seconds: float = RETRY_SECONDS) -> dict[str, str]:
+    """When to come again; every 503 says so."""
+    wait = max(0.0, seconds)
+    return {"Retry-After": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(1_000 * wait))}
 
 
 def _refused(error: HTTPException) -> Problem:

@@ -53,12 +53,12 @@ def is_embedded(address: URL) -> bool:
 
 
 def refuse_embedded(url: str | None, nodes: Collection[str]) -> None:
-    """Raise ``ConfigError`` for an SQLite database where gateways run on several nodes: it is one node's file."""
+    """Raise ``ConfigError`` for an SQLite database where gateways may run on several nodes: it is one node's file."""
     names = sorted(set(nodes))
     if len(names) > 1 and is_embedded(database_address(url)):
         raise ConfigError(
-            f"Gateways run on {len(names)} nodes ({', '.join(names)}), and the database of tenants is an SQLite file, "
-            "which one node alone can share.",
+            f"A gateway may start on any of {len(names)} nodes ({', '.join(names)}), and the database of tenants is an "
+            "SQLite file, which one of them alone has.",
             remedy=f"{REMEDY}.",
         )
 

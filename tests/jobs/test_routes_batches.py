@@ -132,6 +132,27 @@ def test_other_tenants_batches_are_not_there(client: TestClient) -> None:
     assert client.get(f"/v1/batches/{batch['id']}").json()["status"] == "validating"
 
 
+def test_an_admin_lists_and_cancels_batches_of_all_tenants(client: TestClient) -> None:
+    """And does nothing else with them: they are read by their tenant alone."""
+    ids = {tenant: create_batch(client, ask("a"), tenant=tenant)["id"] for tenant in ("acme", "zeta")}
+
+    def listed(caller: str, **params: str) -> Any:
+        answer = client.get("/v1/batches", params=params, headers=as_tenant(caller))
+        return [batch["id"] for batch in answer.json()["data"]] if answer.status_code == 200 else answer.status_code
+
+    assert listed("acme/admin") == listed("acme", tenant="acme") == [ids["acme"]]
+    assert listed("acme/admin", tenant="zeta") == [ids["zeta"]]
+    assert listed("acme/admin", tenant="*") == [ids["zeta"], ids["acme"]]
+    assert listed("acme/admin", tenant="*", after=ids["zeta"]) == [ids["acme"]]
+    assert listed("acme", tenant="zeta") == listed("acme", tenant="nobody") == listed("acme", tenant="*") == 403
+    path = f"/v1/batches/{ids['zeta']}"
+    assert client.get(path, headers=as_tenant("acme/admin")).status_code == 404
+    assert client.post(f"{path}/cancel", headers=as_tenant("acme")).status_code == 404
+    told = client.post(f"{path}/cancel", headers=as_tenant("acme/admin")).json()
+    assert (told["id"], told["status"]) == (ids["zeta"], "cancelling")
+    assert client.get(path, headers=as_tenant("zeta")).json() == told
+
+
 @pytest.mark.parametrize("batch_id", ["..", "..%2f..", "batch_..%2fx", "batch_" + "0" * 32, "%00"])
 def test_an_id_leads_nowhere_but_to_a_row(client: TestClient, batch_id: str) -> None:
     assert client.get(f"/v1/batches/{batch_id}").status_code in (400, 404)

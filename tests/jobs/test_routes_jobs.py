@@ -244,6 +244,20 @@ def test_finished_parts_of_a_cancelled_job_stay(cluster: None) -> None:
     assert told["usage"]["completion_tokens"] == sum(row["completion_tokens"] for row in found["data"])
 
 
+def test_an_admin_lists_and_cancels_jobs_of_all_tenants(client: TestClient) -> None:
+    job = create_job(client, parquet(prefix=["a"]))
+    path, admin, other = f"/v1/jobs/{job['id']}", as_tenant("zeta/admin"), as_tenant("zeta")
+    for tenant in ("acme", "*"):
+        assert client.get("/v1/jobs", params={"tenant": tenant}, headers=admin).json()["data"] == [job]
+        assert client.get("/v1/jobs", params={"tenant": tenant}, headers=other).status_code == 403
+    assert client.get("/v1/jobs", headers=admin).json()["data"] == []
+    assert client.post(f"{path}/cancel", headers=other).status_code == 404
+    for method, rest in (("GET", ""), ("GET", "/results"), ("DELETE", "")):
+        assert client.request(method, f"{path}{rest}", headers=admin).status_code == 404
+    assert client.post(f"{path}/cancel", headers=admin).json()["status"] == "cancelling"
+    assert client.get(path).json()["status"] == "cancelling"
+
+
 def test_usage_is_ones_own_unless_one_is_an_admin(client: TestClient) -> None:
     now = datetime(2026, 11, 25, 12, tzinfo=UTC).timestamp()
     store = open_store()

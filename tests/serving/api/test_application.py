@@ -45,6 +45,22 @@ def test_health_says_whether_an_engine_answers() -> None:
     for healthy, status, word in ((True, 200, "ok"), (False, 503, "loading model")):
         answer = TestClient(app_of(healthy=healthy)).get("/health")
         assert (answer.status_code, answer.json()) == (status, {"status": word})
+        assert ("retry-after" in answer.headers) == (status == 503)
+
+
+def test_a_text_behind_the_gap_that_is_too_long_is_named_with_what_there_is_room_for() -> None:
+    """Not the tokens of the answer, of which few were asked for; what fits is not refused."""
+    client = TestClient(app_of())
+    for words, status in ((100, 200), (1_000, 400)):
+        sent = {"input_prefix": "a", "input_suffix": "b", "prompt": " x" * words, "n_predict": 2}
+        answer = client.post("/infill", json=sent, headers=KEY)
+        assert answer.status_code == status, answer.text
+    message = answer.json()["error"]["message"]
+    assert message.startswith(
+        "prompt: its 1,000 tokens stand behind the gap, where a context of 256 tokens has room for "
+    )
+    assert "beside 2 of the answer" in message
+    assert "max_tokens" not in message
 
 
 def test_metrics_are_prometheus() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import subprocess
 import threading
 import time
@@ -172,3 +173,23 @@ def test_a_client_that_goes_away_in_mid_stream_frees_the_engine_within_a_second(
     left = time.monotonic()
     until(lambda: site.running() == 0)
     assert time.monotonic() - left < 1.0
+
+
+def test_load_balancers_may_ask_for_the_head_of_health(site: Site) -> None:
+    with httpx.Client(base_url=site.url) as client:
+        answer = client.head("/health")
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_whoever_has_no_key_is_told_so_before_and_behind_a_large_body(site: Site) -> None:
+    body = b'{"prompt":[' + b"[]," * 1_300_000 + b"[]]}"
+    with httpx.Client(base_url=site.url) as client:
+        assert client.post("/v1/completions", content=body).status_code == 401
+        assert client.get("/health").status_code == 200
+    host, _, port = site.url.removeprefix("http://").partition(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=SECONDS) as connection:
+        connection.sendall(head.encode())
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    assert answer.startswith(b"HTTP/1.1 401 "), "and the connection is closed, though the body has not come"

@@ -6,28 +6,36 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.testclient import TestClient
 from starlette.types import Message
+from starlette.websockets import WebSocketDisconnect
 
 from serving.api.application import application
 from serving.api.ask import Answer, Ask
+from serving.api.door import Door
 from serving.api.edge import MOST_BODY, noted
 from serving.api.metrics import Metrics
-from serving.errors import EngineError
+from serving.errors import DatabaseAwayError, EngineError
 from serving.tenants.caller import Caller
 from tests.serving.api.scripted import Scripted, who_calls
 
 COMPLETE = "/v1/completions"
+KEY = {"Authorization": "Bearer ada"}
+UNKNOWN = "The key is unknown. Ask for one."
+RAW_KEY = (b"authorization", b"Bearer ada")
 
 
 class Gateway:
-    """All routes, one of them with bodies of up to 10 MB, and the figures of them."""
+    """All routes, two of them with bodies of up to 10 MB, the keys that were looked up, and the figures."""
 
     def __init__(self, service: Scripted | None = None) -> None:
+        self.keys: list[str] = []
         routes = APIRouter()
+        door = Door(self.find)
 
         @routes.post("/large")
+        @routes.post("/guarded", dependencies=[Depends(door)])
         async def large(request: Request) -> int:
             return len(await request.body())
 
@@ -41,13 +49,20 @@ class Gateway:
         self.metrics = Metrics()
         self.app = application(
             service or Scripted(),
-            who_calls,
+            door,
             self.metrics,
             is_healthy=lambda: True,
             routers=[routes],
-            larger={"/large": 10 << 20},
+            larger={"/large": 10 << 20, "/guarded": 10 << 20},
         )
-        self.client = TestClient(self.app, raise_server_exceptions=False)
+        self.client = TestClient(self.app, raise_server_exceptions=False, headers=KEY)
+
+    async def find(self, key: str) -> Caller:
+        """As ``who_calls``; of the key ``unknowable`` nobody can say anything now."""
+        self.keys.append(key)
+        if key == "unknowable":
+            raise DatabaseAwayError("Keys cannot be looked up at the moment.", remedy="Try again in a few seconds.")
+        return await who_calls(key)
 
     def counted(self, route: str) -> dict[str, float]:
         """How many requests of a route had which status."""
@@ -88,7 +103,7 @@ def test_a_body_without_a_length_or_with_a_wrong_one_is_read_no_further_than_it_
             if message["type"] == "http.response.start":
                 statuses.append(message["status"])
 
-        headers = [(b"content-type", b"application/json"), *told]
+        headers = [(b"content-type", b"application/json"), RAW_KEY, *told]
         await asyncio.wait_for(Gateway().app(scope(COMPLETE, headers), receive, send), 60)
         return statuses, read
 
@@ -101,6 +116,106 @@ def test_a_path_may_take_more() -> None:
     client = Gateway().client
     assert client.post("/large", content=b" " * (MOST_BODY + 1)).json() == MOST_BODY + 1
     assert client.post("/large", content=b" " * ((10 << 20) + 1)).status_code == 413
+
+
+async def unread() -> Message:
+    """A body that nobody may ask for."""
+    pytest.fail("the body is read")
+
+
+def answered_unread(gateway: Gateway, asked: dict[str, Any]) -> tuple[int, dict[bytes, bytes], Any]:
+    """Status, headers and JSON of what is answered without the body."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(gateway.app(asked, unread, send))
+    start, *rest = sent
+    return start["status"], dict(start["headers"]), json.loads(b"".join(part["body"] for part in rest))
+
+
+def test_nothing_of_a_body_is_read_from_whoever_has_no_key() -> None:
+    gateway = Gateway()
+    description = gateway.client.get("/openapi.json").json()
+    for path, operations in description["paths"].items():
+        for method, operation in operations.items():
+            if operation.get("security"):
+                asked = scope(path, [(b"content-length", b"3900000")]) | {"method": method.upper()}
+                status, headers, told = answered_unread(gateway, asked)
+                assert (status, headers[b"connection"]) == (401, b"close"), path
+                assert headers[b"www-authenticate"] == b"Bearer"
+                assert "no key was sent." in json.dumps(told)
+    assert gateway.keys == []
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        (COMPLETE, {"message": UNKNOWN, "type": "authentication_error", "param": None, "code": "invalid_api_key"}),
+        ("/infill", {"code": 401, "message": UNKNOWN, "type": "authentication_error"}),
+        ("/api/generate", UNKNOWN),
+    ],
+)
+def test_whoever_has_no_key_is_told_so_in_the_paths_words(path: str, error: Any) -> None:
+    status, _, told = answered_unread(Gateway(), scope(path, [(b"authorization", b"Bearer nobody")]))
+    assert (status, told) == (401, {"error": error})
+
+
+def test_a_malformed_body_without_a_key_is_a_matter_of_the_key() -> None:
+    client = Gateway().client
+    for key, status in (("nobody", 401), ("ada", 400)):
+        assert client.post(COMPLETE, content=b"{", headers={"Authorization": f"Bearer {key}"}).status_code == status
+
+
+def test_nothing_of_a_body_is_read_while_keys_cannot_be_looked_up() -> None:
+    gateway = Gateway()
+    asked = scope(COMPLETE, [(b"authorization", b"Bearer unknowable"), (b"transfer-encoding", b"chunked")])
+    status, headers, told = answered_unread(gateway, asked)
+    assert (status, headers[b"connection"], told["error"]["code"]) == (503, b"close", "database_away")
+    assert int(headers[b"retry-after"]) > 0
+    assert gateway.counted(COMPLETE) == {"503": 1}
+
+
+def test_a_key_is_looked_up_once_a_request() -> None:
+    gateway = Gateway()
+    assert gateway.client.post(COMPLETE, json={"prompt": "a"}).status_code == 200
+    assert gateway.client.post("/api/generate", json={"model": "demo", "prompt": "a"}).status_code == 200
+    assert gateway.keys == ["ada", "ada"]
+    assert gateway.client.post("/guarded", content=b" " * (MOST_BODY + 1)).json() == MOST_BODY + 1
+    assert gateway.keys == ["ada"] * 3
+
+
+def test_a_connection_whose_request_had_no_body_is_kept() -> None:
+    answer = Gateway().client.get("/v1/models", headers={"Authorization": "Bearer nobody"})
+    assert answer.status_code == 401
+    assert "connection" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/health", 200),
+        ("GET", "/metrics", 200),
+        ("GET", "/docs", 200),
+        ("GET", "/openapi.json", 200),
+        ("POST", "/v1/nothing", 404),
+        ("GET", COMPLETE, 405),
+        ("HEAD", COMPLETE, 405),
+        ("OPTIONS", COMPLETE, 405),
+        ("PUT", "/v1/models", 405),
+    ],
+)
+def test_what_asks_for_no_key_is_answered_without_one(method: str, path: str, status: int) -> None:
+    gateway = Gateway()
+    assert TestClient(gateway.app).request(method, path).status_code == status
+    assert gateway.keys == []
+
+
+def test_websockets_lead_nowhere() -> None:
+    client = TestClient(Gateway().app)
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect(COMPLETE):
+        pytest.fail("nothing is accepted")
 
 
 def scope(path: str, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
@@ -164,7 +279,7 @@ def test_a_client_that_went_away_is_no_failure() -> None:
         async def send(message: Message) -> None:
             pytest.fail("nothing is answered")
 
-        headers = [(b"content-type", b"application/json")]
+        headers = [(b"content-type", b"application/json"), RAW_KEY]
         task = asyncio.ensure_future(gateway.app(scope(COMPLETE, headers), receive, send))
         await waiting.wait()
         task.cancel()

@@ -9,11 +9,14 @@ from serving.api.replies import MEANINGS, install, problem_of
 from serving.errors import (
     AuthenticationError,
     ConfigError,
+    DatabaseAwayError,
+    EngineDeadError,
     EngineError,
     ForbiddenError,
     LimitError,
     OverloadedError,
     PromptTooLongError,
+    ResourceError,
     SpanfillError,
 )
 from tests.serving.api.scripted import Scripted, app_of, client_of
@@ -28,6 +31,9 @@ from tests.serving.api.scripted import Scripted, app_of, client_of
         (LimitError("Wrong.", remedy="Mend it."), 429, "rate_limit_error", "rate_limit_exceeded"),
         (OverloadedError("Wrong.", remedy="Mend it."), 503, "server_error", "overloaded"),
         (EngineError("Wrong.", remedy="Mend it."), 500, "server_error", "engine_error"),
+        (EngineDeadError("Wrong.", remedy="Mend it."), 503, "server_error", "engine_dead"),
+        (DatabaseAwayError("Wrong.", remedy="Mend it."), 503, "server_error", "database_away"),
+        (ResourceError("Wrong.", remedy="Mend it."), 503, "server_error", "no_resources"),
         (PromptTooLongError("Wrong.", remedy="Mend it."), 400, "invalid_request_error", "prompt_too_long"),
     ],
 )
@@ -36,7 +42,7 @@ def test_every_error_has_its_status_type_and_code(error: SpanfillError, status: 
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/json"
     assert answer.json() == {"error": {"message": "Wrong. Mend it.", "type": kind, "param": None, "code": code}}
-    assert ("retry-after" in answer.headers) == isinstance(error, LimitError)
+    assert ("retry-after" in answer.headers) == (status in (429, 503))
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
 """How databases are opened, brought up to date, refused and missed."""
 
+import asyncio
 import sqlite3
 import stat
 import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import cast
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from ray.serve.handle import DeploymentHandle
 
+from serving.api.ask import ServedModel
+from serving.api.gateway import Gateway, GatewayConfig
 from serving.app import AppConfig, assemble
 from serving.errors import ConfigError, DatabaseAwayError, VersionError
 from serving.tenants.database import database_address, fingerprint, open_engine, refuse_embedded
@@ -78,17 +83,42 @@ def test_gateways_on_several_nodes_need_postgresql(sqlite_url: str) -> None:
         refuse_embedded(sqlite_url, ["b", "a", "b"])
 
 
-def test_an_application_of_several_gateways_on_several_nodes_is_not_built_on_sqlite(
+def have_nodes(monkeypatch: pytest.MonkeyPatch, **alive: bool) -> None:
+    """Let the cluster have nodes, by their names."""
+    nodes = [{"Alive": up, "NodeManagerHostname": name, "Resources": {"CPU": 2.0}} for name, up in alive.items()]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+
+
+@pytest.mark.parametrize("gateways", [1, 2])
+def test_an_application_with_gateways_on_several_nodes_is_not_built_on_sqlite(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, gateways: int
+) -> None:
+    """Be there one gateway: it may be started again on another node, where the file is not."""
+    have_nodes(monkeypatch, a=True, b=True)
+    monkeypatch.setenv("SPANFILL_DATABASE_URL", sqlite_url)
+    config = AppConfig(model="demo-codegen25", engine="instant", gateways=gateways)
+    with pytest.raises(ConfigError, match=r"2 nodes \(a, b\).*PostgreSQL"):
+        assemble(config, app="test")
+    assemble(config.model_copy(update={"gateways": 0}), app="test")
+    monkeypatch.setenv("SPANFILL_DATABASE_URL", POSTGRESQL)
+    assemble(config, app="test")
+    have_nodes(monkeypatch, a=True, b=False)
+    monkeypatch.setenv("SPANFILL_DATABASE_URL", sqlite_url)
+    assemble(config, app="test")
+
+
+def test_a_gateway_does_not_start_on_sqlite_where_a_node_has_joined(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nodes = [{"Alive": True, "NodeManagerHostname": name, "Resources": {"CPU": 2.0}} for name in ("a", "b")]
-    monkeypatch.setattr("ray.nodes", lambda: nodes)
     monkeypatch.setenv("SPANFILL_DATABASE_URL", sqlite_url)
+    config = AppConfig(model="demo-codegen25", engine="instant", gateways=1)
+    told = GatewayConfig(app="test", model="demo", tokenizer="demo-codegen25", format="codegen25", replicas=1)
+    model = ServedModel("demo", "codegen25", 256, can_infill=True)
+    have_nodes(monkeypatch, a=True)
+    assemble(config, app="test")
+    have_nodes(monkeypatch, a=True, b=True)
     with pytest.raises(ConfigError, match=r"2 nodes \(a, b\).*PostgreSQL"):
-        assemble(AppConfig(model="demo-codegen25", engine="instant", gateways=2), app="test")
-    assemble(AppConfig(model="demo-codegen25", engine="instant", gateways=1), app="test")
-    monkeypatch.setenv("SPANFILL_DATABASE_URL", POSTGRESQL)
-    assemble(AppConfig(model="demo-codegen25", engine="instant", gateways=2), app="test")
+        asyncio.run(Gateway.__init__(object.__new__(Gateway), cast(DeploymentHandle, None), told, model, config))
 
 
 def test_a_database_is_told_from_others_whoever_opens_it() -> None:
