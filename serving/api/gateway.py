@@ -96,9 +96,11 @@ def served(model: Model, name: str, context: int) -> ServedModel:
 def check_database() -> None:
     """Raise ``ConfigError`` for an SQLite database where several nodes are alive.
 
-    Serve starts a gateway, be it the only one, on any node, and again on another when its own is lost.
+    Serve starts a gateway, be it the only one, on any node, and again on another when its own is lost. Machines may
+    have the same name; Ray nodes on one machine have the same file.
     """
-    refuse_embedded(None, [node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]])
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    refuse_embedded(None, [f"{node['NodeManagerHostname']} {node['NodeManagerAddress']}" for node in alive])
 
 
 class Watch:

@@ -84,8 +84,9 @@ def test_gateways_on_several_nodes_need_postgresql(sqlite_url: str) -> None:
 
 
 def have_nodes(monkeypatch: pytest.MonkeyPatch, **alive: bool) -> None:
-    """Let the cluster have nodes, by their names."""
-    nodes = [{"Alive": up, "NodeManagerHostname": name, "Resources": {"CPU": 2.0}} for name, up in alive.items()]
+    """Let the cluster have nodes, by their addresses; all have the same name."""
+    node = {"NodeManagerHostname": "vm", "Resources": {"CPU": 2.0}}
+    nodes = [node | {"Alive": up, "NodeManagerAddress": address} for address, up in alive.items()]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
 
 
@@ -97,7 +98,7 @@ def test_an_application_with_gateways_on_several_nodes_is_not_built_on_sqlite(
     have_nodes(monkeypatch, a=True, b=True)
     monkeypatch.setenv("SPANFILL_DATABASE_URL", sqlite_url)
     config = AppConfig(model="demo-codegen25", engine="instant", gateways=gateways)
-    with pytest.raises(ConfigError, match=r"2 nodes \(a, b\).*PostgreSQL"):
+    with pytest.raises(ConfigError, match=r"2 nodes \(vm a, vm b\).*PostgreSQL"):
         assemble(config, app="test")
     assemble(config.model_copy(update={"gateways": 0}), app="test")
     monkeypatch.setenv("SPANFILL_DATABASE_URL", POSTGRESQL)
@@ -117,7 +118,7 @@ def test_a_gateway_does_not_start_on_sqlite_where_a_node_has_joined(
     have_nodes(monkeypatch, a=True)
     assemble(config, app="test")
     have_nodes(monkeypatch, a=True, b=True)
-    with pytest.raises(ConfigError, match=r"2 nodes \(a, b\).*PostgreSQL"):
+    with pytest.raises(ConfigError, match=r"2 nodes \(vm a, vm b\).*PostgreSQL"):
         asyncio.run(Gateway.__init__(object.__new__(Gateway), cast(DeploymentHandle, None), told, model, config))
 
 
