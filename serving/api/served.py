@@ -12,10 +12,10 @@ from serving.tenants.tickets import Demand, Ticket
 
 @dataclass
 class Served:
-    """An admitted request; ``started`` and ``first``, when a stream's first tokens came, are of ``time.monotonic``.
+    """An admitted request; ``started`` and ``first``, when its first tokens came, are of ``time.monotonic``.
 
-    ``cached`` is what the prefix cache held of a prompt, by its key and sample, or for all its samples together. One
-    that ``failed`` before anything came of it has used nothing.
+    ``cached`` is what the prefix cache held of a prompt, by its key and sample, or for all its samples together, of
+    whatever has come. One that ``failed`` before anything came has used nothing.
     """
 
     rendered: Sequence[Rendered]
@@ -35,7 +35,7 @@ class Served:
     @property
     def usage(self) -> Usage:
         """What it used by now; a prompt counts once, and no more of it is cached than there is."""
-        if self.failed and not self.completion_tokens:
+        if self.failed and not self.cached:
             return Usage()
         prompt = sum(len(r.token_ids) for r in self.rendered)
         samples = sum(r.ask.n for r in self.rendered) / max(1, len(self.rendered))
@@ -49,7 +49,7 @@ class Served:
         return Timing(first - self.started, now - first)
 
     def comes(self) -> None:
-        """Tokens of a stream are there."""
+        """Tokens are there."""
         if self.first is None:
             self.first = time.monotonic()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from serving.api.ask import Answer, Ask, Choice, End, Piece, ServedModel, Token, Usage
-from serving.api.calls import Call, answers
+from serving.api.calls import TRIES, WAIT_SECONDS, Call, answers
 from serving.api.checks import check
 from serving.api.edge import noted
 from serving.api.metrics import Metrics
@@ -85,10 +85,12 @@ class FleetService:
         raise ModelNotFoundError(f"model {name or model.name} is not served here.", remedy=f"There is: {known}.")
 
     async def answer(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
-        """Answer all at once."""
-        if not _in_one_piece(asks) and any(ask.reported or ask.seconds is not None for ask in asks):
-            return await self._collected(asks, caller, model)
-        return await self._whole(asks, caller, model)
+        """Answer all at once, from a stream where there is one, so that what was made is known if nobody waits on."""
+        if _in_one_piece(asks):
+            return await self._whole(asks, caller, model)
+        rendered = await self._render(asks)
+        async with self._served(rendered, caller, model) as served:
+            return self._answer(await self._collected(served), served)
 
     async def stream(self, asks: Sequence[Ask], caller: Caller, model: str) -> AsyncGenerator[Piece | End, None]:
         """Answer piece by piece; an echo with logprobs and a prompt alone come in one piece."""
@@ -108,8 +110,10 @@ class FleetService:
         rendered = await self._render(asks)
         async with self._served(rendered, caller, model) as served:
             results = await self._results(served)
-            choices = [c for key, r in enumerate(rendered) for c in self._choices(r, results[key], served)]
-            return Answer(tuple(choices), served.usage, served.is_truncated, served.timing, self._prompts(served))
+            return self._answer([c for key, r in enumerate(rendered) for c in self._choices(r, results[key])], served)
+
+    def _answer(self, choices: Sequence[Choice], served: Served) -> Answer:
+        return Answer(tuple(choices), served.usage, served.is_truncated, served.timing, self._prompts(served))
 
     async def _results(self, served: Served) -> dict[int, Result]:
         results: dict[int, Result] = {}
@@ -118,14 +122,16 @@ class FleetService:
                 for result in came.results:
                     _check(result.error_code, result.error_message)
                     results[result.key] = result
+                    served.cached[result.key, 0] = result.cached_tokens
+                    served.completion_tokens += _made(served.rendered[result.key], result)
+                self._desk.charge(served.ticket, served.completion_tokens)
         if len(results) < len(served.rendered):
             raise _ended_early()
         return results
 
-    def _choices(self, rendered: Rendered, result: Result, served: Served) -> list[Choice]:
+    def _choices(self, rendered: Rendered, result: Result) -> list[Choice]:
         """The choices of one ask, each written as a stream of one piece."""
         ask, tokens = rendered.ask, self._echo(rendered, result)
-        served.cached[result.key, 0] = result.cached_tokens
         head = "".join(token.text for token in tokens)
         if ask.max_tokens == 0:
             return [Choice(head, "length", tokens)] * ask.n
@@ -135,7 +141,6 @@ class FleetService:
             piece = writing.add(Growth.of(result.key, sample, completion))
             assert piece is not None
             assert piece.reason is not None
-            served.completion_tokens += writing.count
             choices.append(Choice(head + piece.text, piece.reason, tokens + piece.tokens, piece.stop_word))
         return choices
 
@@ -178,18 +183,24 @@ class FleetService:
                     return
         raise _ended_early()
 
-    async def _collected(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
-        """A stream's pieces as one answer."""
-        texts: dict[int, list[Piece]] = {}
-        end = End(Usage())
-        async with aclosing(self.stream(asks, caller, model)) as items:
-            async for item in items:
-                if isinstance(item, End):
-                    end = item
-                else:
-                    texts.setdefault(item.index, []).append(item)
-        choices = tuple(_joined(texts[index]) for index in sorted(texts))
-        return Answer(choices, end.usage, end.truncated, end.timing, end.prompts)
+    async def _collected(self, served: Served) -> list[Choice]:
+        """The choices of a stream; while nobody has seen any of it, a replica that is lost is replaced by another."""
+        tries = TRIES
+        while True:
+            texts: dict[int, list[Piece]] = {}
+            made, cached = served.completion_tokens, dict(served.cached)
+            try:
+                async with aclosing(self._pieces(served)) as pieces:
+                    async for piece in pieces:
+                        texts.setdefault(piece.index, []).append(piece)
+            except EngineDeadError:
+                tries -= 1
+                if not tries or served.cached == cached:
+                    raise
+                await asyncio.sleep(WAIT_SECONDS)
+                served.completion_tokens, served.cached = made, cached
+            else:
+                return [_joined(texts[index]) for index in sorted(texts)]
 
     async def _render(self, asks: Sequence[Ask]) -> list[Rendered]:
         """Check, and tokenise on a thread: another request's next token shall not wait for it."""
@@ -248,6 +259,13 @@ def _note(standing: Standing) -> None:
 def _check(code: str | None, message: str | None) -> None:
     if code is not None:
         raise EngineError(f"{code}: {message}", remedy="Change the request.")
+
+
+def _made(rendered: Rendered, result: Result) -> int:
+    """Tokens of a result that were asked for; an engine that is asked for none makes one all the same."""
+    if rendered.ask.max_tokens == 0:
+        return 0
+    return sum(len(each.token_ids) + (each.stop_token_id is not None) for each in result.completions)
 
 
 def _ended_early() -> EngineDeadError:

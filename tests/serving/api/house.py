@@ -56,7 +56,7 @@ class Desk:
 
 
 class House:
-    """A service on one engine; make it inside an event loop. ``stream`` answers streams in the engine's stead."""
+    """A service on one engine; make it inside an event loop. ``stream`` and ``whole`` answer in the engine's stead."""
 
     def __init__(
         self,
@@ -64,6 +64,7 @@ class House:
         instant: bool = True,
         desk: Desk | None = None,
         stream: Call[list[Growth]] | None = None,
+        whole: Call[MicroBatchResult] | None = None,
         model: ServedModel = MODEL,
         time_scale: float = 1.0,
     ) -> None:
@@ -78,7 +79,7 @@ class House:
         self.used: list[tuple[str, Usage]] = []
         self.desk = desk or Desk()
         self.metrics = Metrics()
-        engines = Engines(model, FORMAT, "codegen25", self._whole, stream or self._stream)
+        engines = Engines(model, FORMAT, "codegen25", whole or self._whole, stream or self._stream)
         self.service = FleetService(engines, self.desk, self._meter, self.metrics)
 
     def _meter(self, caller: Caller, model: str, usage: Usage) -> None:
