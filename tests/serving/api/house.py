@@ -17,7 +17,7 @@ from serving.protocol import Growth, MicroBatch, MicroBatchResult
 from serving.simulated import SimulatedEngine
 from serving.tenants.caller import Caller
 from serving.tenants.limits import Level, Standing
-from serving.tenants.tickets import Demand, Place, Ticket, Used
+from serving.tenants.tickets import Capacity, Demand, Place, Ticket, Used
 
 FORMAT = load_format("codegen25")
 MODEL = ServedModel("demo", "codegen25", 256, can_infill=True)
@@ -34,6 +34,7 @@ class Desk:
     demands: list[Demand] = field(default_factory=list)
     charged: list[int] = field(default_factory=list)
     left: list[Used | None] = field(default_factory=list)
+    share: Capacity | None = None
 
     async def admit(self, demand: Demand) -> Ticket:
         """As the desk."""
