@@ -73,7 +73,8 @@ def test_a_request_waits_for_room_and_gets_it_when_another_gateway_gives_it_back
 def test_a_large_request_waits_for_nothing_but_its_portions_do_and_its_limits_hold_across_gateways() -> None:
     async def main() -> None:
         async with desks(2, Capacity(0, 0)) as (desk, other):
-            assert desk.share is None
+            unknown = desk.share
+            assert unknown is None
             desk.resize(Capacity(4, 1_000))
             assert desk.share == Capacity(1, 250)
             desk.resize(Capacity(0, 0))
