@@ -38,7 +38,7 @@ class Ask:
     infill at the end of the text; ``behind`` follows the prompt's last control token (llama.cpp's ``prompt``).
     ``max_tokens`` 0 computes the prompt and generates nothing. ``logprobs`` is the number of alternatives beside each
     token (0: the token's own), None for none. ``seconds`` is when the answer is cut once it holds a line feed. What is
-    ``reported`` tells its prompt as the engine saw it, and the time to its first token apart from the rest.
+    ``reported`` tells its prompt as the engine saw it.
     """
 
     prefix: str = ""
@@ -111,7 +111,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds: until the first token came, and from there to the end; all in the first where it is not reported."""
+    """Seconds: until the first token came, and from there to the end; all in the first of what comes in one piece."""
 
     prompt: float = 0.0
     completion: float = 0.0

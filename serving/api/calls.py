@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from grpc import RpcError
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from serving.errors import EngineDeadError, EngineError, OverloadedError, SpanfillError
 from serving.protocol import MicroBatch
@@ -18,6 +18,9 @@ Call: TypeAlias = Callable[[MicroBatch], AsyncIterator[T]]
 TRIES = 3
 WAIT_SECONDS = 0.5
 """Between two tries: Serve must notice that a replica is gone."""
+
+OWN_SECONDS = 0.1
+"""A caller whose call was cancelled learns within so long whether he is."""
 
 LOST = (RayActorError, ObjectLostError, RpcError)
 """What a call raises when its replica was lost while it was there, or what came of it was lost on its way."""
@@ -53,15 +56,19 @@ async def _once(call: Call[T], batch: MicroBatch) -> AsyncGenerator[T, None]:
         raise _translated(error) from error
     except LOST as error:
         raise _lost() from error
+    except RequestCancelledError:
+        raise asyncio.CancelledError from None
     except RayServeException as error:
         raise OverloadedError("no replica is ready.", remedy="Ask again in a few seconds.") from error
     except RayError as error:
         raise EngineError("the call of a replica failed.", remedy="Ask again; the replicas' logs say more.") from error
     except asyncio.CancelledError:
-        # Serve hands on the cancellation of a replica that ends as if it were the caller's own.
+        # Serve hands on the cancellation of a replica that ends as if it were the caller's own, and of a caller that
+        # is gone it ends the calls first: his own cancellation comes while this sleeps.
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
+        await asyncio.sleep(OWN_SECONDS)
         raise _lost() from None
     finally:
         if (cancel := getattr(response, "cancel", None)) is not None:

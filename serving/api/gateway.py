@@ -126,7 +126,8 @@ class Watch:
         if found := dict(reading for reading in readings if reading is not None):
             self._read = time.monotonic()
             self._metrics.read(found)
-        return Capacity(len(found) * self.info.max_num_seqs, len(found) * self.info.kv_cache_tokens)
+        count = len(found)
+        return Capacity(count * self.info.max_num_seqs, count * self.info.kv_cache_tokens, count)
 
     async def _reading(self, lane: int) -> tuple[str, EngineStats] | None:
         """A replica's name and its engine's reading, unless it is lost or slow."""

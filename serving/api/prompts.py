@@ -20,8 +20,13 @@ class Rendered:
 
     @property
     def output_tokens(self) -> int:
-        """Tokens that the engine may come to make, of all samples; vLLM makes one at least."""
-        return self.ask.n * max(1, self.ask.max_tokens)
+        """Tokens that the engine may come to make, of all samples."""
+        return self.ask.n * self.sample_tokens
+
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens that the engine may come to make of one sample; vLLM makes one at least."""
+        return max(1, self.ask.max_tokens)
 
 
 def render(ask: Ask, fmt: Format, context: int) -> Rendered:
@@ -110,10 +115,9 @@ def sampling_of(ask: Ask, fmt: Format, *, format_name: str, tokenizer: str) -> S
     )
 
 
-def request_of(rendered: Rendered, key: int) -> Request:
-    """The engine's request of a prompt, one seed a sample."""
-    ask = rendered.ask
-    seeds = tuple(_seed(ask, sample) for sample in range(ask.n))
+def request_of(rendered: Rendered, key: int, samples: range) -> Request:
+    """The engine's request of a prompt, one seed for each of these samples."""
+    seeds = tuple(_seed(rendered.ask, sample) for sample in samples)
     return Request(key, list(rendered.token_ids), seeds)
 
 

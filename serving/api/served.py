@@ -1,10 +1,11 @@
 """A request under way: what was asked, and what is known of its use and of its times so far."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from serving.api.ask import Timing, Usage
+from serving.api.portions import Portion
 from serving.api.prompts import Rendered
 from serving.tenants.caller import Caller
 from serving.tenants.tickets import Demand, Ticket
@@ -12,13 +13,16 @@ from serving.tenants.tickets import Demand, Ticket
 
 @dataclass
 class Served:
-    """An admitted request; ``started`` and ``first``, when a stream's first tokens came, are of ``time.monotonic``.
+    """An admitted request; ``started`` and ``first``, when its first tokens came, are of ``time.monotonic``.
 
-    ``cached`` is what the prefix cache held of a prompt, by its key and sample, or for all its samples together. One
-    that ``failed`` before anything came of it has used nothing.
+    ``begun`` has the keys of asks that went to an engine, ``running`` the ticket of the portion that runs where it is
+    one of several, and the ``completion_tokens`` of those before it.
+    ``cached`` is what the prefix cache held of a prompt, by its key and sample, or for all its samples together, of
+    whatever has come. One that ``failed`` before anything came has used nothing.
     """
 
     rendered: Sequence[Rendered]
+    portions: Sequence[Portion]
     caller: Caller
     ticket: Ticket
     started: float
@@ -26,6 +30,8 @@ class Served:
     completion_tokens: int = 0
     cached: dict[tuple[int, int], int] = field(default_factory=dict)
     failed: bool = False
+    begun: set[int] = field(default_factory=set)
+    running: tuple[Ticket, int] | None = None
 
     @property
     def is_truncated(self) -> bool:
@@ -35,9 +41,9 @@ class Served:
     @property
     def usage(self) -> Usage:
         """What it used by now; a prompt counts once, and no more of it is cached than there is."""
-        if self.failed and not self.completion_tokens:
+        if self.failed and not self.cached:
             return Usage()
-        prompt = sum(len(r.token_ids) for r in self.rendered)
+        prompt = sum(len(self.rendered[key].token_ids) for key in self.begun)
         samples = sum(r.ask.n for r in self.rendered) / max(1, len(self.rendered))
         return Usage(prompt, self.completion_tokens, min(prompt, round(sum(self.cached.values()) / max(1, samples))))
 
@@ -48,8 +54,16 @@ class Served:
         first = now if self.first is None else self.first
         return Timing(first - self.started, now - first)
 
+    @property
+    def made(self) -> Iterator[tuple[Ticket, int]]:
+        """Each ticket and the tokens that came of it."""
+        yield self.ticket, self.completion_tokens
+        if self.running is not None:
+            ticket, before = self.running
+            yield ticket, self.completion_tokens - before
+
     def comes(self) -> None:
-        """Tokens of a stream are there."""
+        """Tokens are there."""
         if self.first is None:
             self.first = time.monotonic()
 
@@ -59,12 +73,13 @@ class Served:
         return seconds is not None and self.first is not None and time.monotonic() - self.first > seconds
 
 
-def demand_of(rendered: Sequence[Rendered], caller: Caller, patience: float) -> Demand:
-    """What a request may come to use; it waits ``patience`` seconds at most."""
+def demand_of(rendered: Sequence[Rendered], caller: Caller, patience: float, *, runs: bool) -> Demand:
+    """What a request may come to use; it waits ``patience`` seconds at most, and ``runs`` unless its portions do."""
     return Demand(
         caller,
         sum(len(r.token_ids) for r in rendered),
         sum(r.output_tokens for r in rendered),
         sum(r.ask.n for r in rendered),
         patience,
+        runs=runs,
     )

@@ -4,14 +4,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serving.api.ask import Answer, Ask, Choice, End, Piece, ServedModel, Token, Usage
-from serving.api.calls import Call, answers
+from serving.api.calls import TRIES, WAIT_SECONDS, Call, answers
 from serving.api.checks import check
 from serving.api.edge import noted
 from serving.api.metrics import Metrics
+from serving.api.portions import Portion, portions_of
 from serving.api.prompts import Rendered, render, request_of, sampling_of, visible
 from serving.api.served import Served, demand_of
 from serving.api.writing import Writing, prompt_tokens
@@ -20,10 +21,13 @@ from serving.formats import Format
 from serving.protocol import INTERACTIVE_PRIORITY, Growth, MicroBatch, MicroBatchResult, Result
 from serving.tenants.caller import Caller
 from serving.tenants.limits import Standing
-from serving.tenants.tickets import Demand, Ticket, Used
+from serving.tenants.tickets import Capacity, Demand, Ticket, Used
 
 PATIENCE_SECONDS = 30.0
 """How long a request waits for its turn."""
+
+BEGUN_PATIENCE_SECONDS = 600.0
+"""How long one of which something was made waits for the next."""
 
 LARGE_CHARS = 200_000
 """Requests with more text are tokenised one after the other: 4 MB take seconds, and nobody was admitted yet."""
@@ -31,6 +35,10 @@ LARGE_CHARS = 200_000
 
 class Desk(Protocol):
     """What the service needs of ``serving.tenants.desk.Desk``."""
+
+    @property
+    def share(self) -> Capacity | None:
+        """What one request may fill of the engines at once, where that is known."""
 
     async def admit(self, demand: Demand) -> Ticket:
         """Wait until the request may run."""
@@ -85,10 +93,13 @@ class FleetService:
         raise ModelNotFoundError(f"model {name or model.name} is not served here.", remedy=f"There is: {known}.")
 
     async def answer(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
-        """Answer all at once."""
-        if not _in_one_piece(asks) and any(ask.reported or ask.seconds is not None for ask in asks):
-            return await self._collected(asks, caller, model)
-        return await self._whole(asks, caller, model)
+        """Answer all at once, from a stream where there is one, so that what was made is known if nobody waits on."""
+        if _in_one_piece(asks):
+            return await self._whole(asks, caller, model)
+        rendered = await self._render(asks)
+        async with self._served(rendered, caller, model) as served:
+            choices = [choice for portion in served.portions for choice in await self._collected(served, portion)]
+            return self._answer(choices, served)
 
     async def stream(self, asks: Sequence[Ask], caller: Caller, model: str) -> AsyncGenerator[Piece | End, None]:
         """Answer piece by piece; an echo with logprobs and a prompt alone come in one piece."""
@@ -98,34 +109,45 @@ class FleetService:
             return
         rendered = await self._render(asks)
         async with self._served(rendered, caller, model) as served:
-            async with aclosing(self._pieces(served)) as pieces:
-                async for piece in pieces:
-                    yield piece
+            for portion in served.portions:
+                async with aclosing(self._pieces(served, portion)) as pieces:
+                    async for piece in pieces:
+                        yield piece
             yield End(served.usage, served.is_truncated, served.timing, self._prompts(served))
 
     async def _whole(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
         """An answer that the replica gives whole."""
         rendered = await self._render(asks)
         async with self._served(rendered, caller, model) as served:
-            results = await self._results(served)
-            choices = [c for key, r in enumerate(rendered) for c in self._choices(r, results[key], served)]
-            return Answer(tuple(choices), served.usage, served.is_truncated, served.timing, self._prompts(served))
+            results: dict[int, Result] = {}
+            for portion in served.portions:
+                for key, result in (await self._results(served, portion)).items():
+                    results[key] = _joined_results(results[key], result) if key in results else result
+            return self._answer([c for key, r in enumerate(rendered) for c in self._choices(r, results[key])], served)
 
-    async def _results(self, served: Served) -> dict[int, Result]:
+    def _answer(self, choices: Sequence[Choice], served: Served) -> Answer:
+        return Answer(tuple(choices), served.usage, served.is_truncated, served.timing, self._prompts(served))
+
+    async def _results(self, served: Served, portion: Portion) -> dict[int, Result]:
         results: dict[int, Result] = {}
-        async with aclosing(answers(self._engines.whole, self._batch(served))) as found:
+        async with (
+            self._running(served, portion),
+            aclosing(answers(self._engines.whole, self._batch(served, portion))) as found,
+        ):
             async for came in found:
                 for result in came.results:
                     _check(result.error_code, result.error_message)
                     results[result.key] = result
-        if len(results) < len(served.rendered):
+                    served.cached[result.key, portion.samples[result.key].start] = result.cached_tokens
+                    served.completion_tokens += _made(served.rendered[result.key], result)
+                self._charge(served)
+        if len(results) < len(portion.samples):
             raise _ended_early()
         return results
 
-    def _choices(self, rendered: Rendered, result: Result, served: Served) -> list[Choice]:
+    def _choices(self, rendered: Rendered, result: Result) -> list[Choice]:
         """The choices of one ask, each written as a stream of one piece."""
         ask, tokens = rendered.ask, self._echo(rendered, result)
-        served.cached[result.key, 0] = result.cached_tokens
         head = "".join(token.text for token in tokens)
         if ask.max_tokens == 0:
             return [Choice(head, "length", tokens)] * ask.n
@@ -135,7 +157,6 @@ class FleetService:
             piece = writing.add(Growth.of(result.key, sample, completion))
             assert piece is not None
             assert piece.reason is not None
-            served.completion_tokens += writing.count
             choices.append(Choice(head + piece.text, piece.reason, tokens + piece.tokens, piece.stop_word))
         return choices
 
@@ -156,63 +177,74 @@ class FleetService:
             through=ask.decoding.ignore_eos,
         )
 
-    async def _pieces(self, served: Served) -> AsyncGenerator[Piece, None]:
-        """The pieces of all choices, until each has ended, by itself or by its time; echoes wait for a token."""
+    async def _pieces(self, served: Served, portion: Portion) -> AsyncGenerator[Piece, None]:
+        """The pieces of a portion, until each choice has ended, by itself or by its time; echoes wait for a token."""
         writings: dict[tuple[int, int], Writing] = {}
         echoes: list[Piece] = []
-        for key, r in enumerate(served.rendered):
+        for key, samples in portion.samples.items():
+            r, before = served.rendered[key], sum(each.ask.n for each in served.rendered[:key])
             echo = "".join(token.text for token in self._echo(r))
-            for sample in range(r.ask.n):
+            for sample in samples:
                 if echo:
-                    echoes.append(Piece(len(writings), echo))
-                writings[key, sample] = self._writing(r.ask, len(writings), len(echo))
-        async with aclosing(answers(self._engines.stream, self._batch(served))) as bunches:
+                    echoes.append(Piece(before + sample, echo))
+                writings[key, sample] = self._writing(r.ask, before + sample, len(echo))
+        async with (
+            self._running(served, portion),
+            aclosing(answers(self._engines.stream, self._batch(served, portion))) as bunches,
+        ):
             async for growths in bunches:
                 served.comes()
-                pieces = [piece for growth in growths for piece in _grow(writings, growth, served)]
+                pieces = [piece for growth in growths for piece in _grow(writings, growth, served, portion)]
                 for piece in [*echoes, *pieces]:
                     yield piece
                 echoes = []
-                self._desk.charge(served.ticket, served.completion_tokens)
+                self._charge(served)
                 if not writings:
                     return
         raise _ended_early()
 
-    async def _collected(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
-        """A stream's pieces as one answer."""
-        texts: dict[int, list[Piece]] = {}
-        end = End(Usage())
-        async with aclosing(self.stream(asks, caller, model)) as items:
-            async for item in items:
-                if isinstance(item, End):
-                    end = item
-                else:
-                    texts.setdefault(item.index, []).append(item)
-        choices = tuple(_joined(texts[index]) for index in sorted(texts))
-        return Answer(choices, end.usage, end.truncated, end.timing, end.prompts)
+    async def _collected(self, served: Served, portion: Portion) -> list[Choice]:
+        """The choices of a portion's stream; as nobody has seen any of it, one that loses its replica begins again."""
+        tries = TRIES
+        while True:
+            texts: dict[int, list[Piece]] = {}
+            made, cached = served.completion_tokens, dict(served.cached)
+            try:
+                async with aclosing(self._pieces(served, portion)) as pieces:
+                    async for piece in pieces:
+                        texts.setdefault(piece.index, []).append(piece)
+            except EngineDeadError:
+                tries -= 1
+                if not tries or served.cached == cached:
+                    raise
+                await asyncio.sleep(WAIT_SECONDS)
+                served.completion_tokens, served.cached = made, cached
+            else:
+                return [_joined(texts[index]) for index in sorted(texts)]
 
     async def _render(self, asks: Sequence[Ask]) -> list[Rendered]:
         """Check, and tokenise on a thread: another request's next token shall not wait for it."""
         fmt, model = self._engines.fmt, self._engines.model
         check(asks, model, fmt)
-        is_large = sum(len(ask.prefix) + len(ask.suffix or "") for ask in asks) > LARGE_CHARS
+        is_large = sum(len(ask.prefix) + len(ask.suffix or "") + len(ask.behind) for ask in asks) > LARGE_CHARS
         async with self._large if is_large else nullcontext():
             return await asyncio.to_thread(lambda: [render(ask, fmt, model.context) for ask in asks])
 
     def _prompts(self, served: Served) -> tuple[str, ...]:
         return tuple(visible(r, self._engines.fmt) for r in served.rendered if r.ask.reported)
 
-    def _batch(self, served: Served) -> MicroBatch:
+    def _batch(self, served: Served, portion: Portion) -> MicroBatch:
         engines, ask = self._engines, served.rendered[0].ask
         sampling = sampling_of(ask, engines.fmt, format_name=engines.model.format, tokenizer=engines.tokenizer)
-        requests = tuple(request_of(r, key) for key, r in enumerate(served.rendered))
+        requests = tuple(request_of(served.rendered[key], key, samples) for key, samples in portion.samples.items())
         return MicroBatch(requests, sampling, priority=INTERACTIVE_PRIORITY, cache_salt=served.caller.cache_salt)
 
     @asynccontextmanager
     async def _served(self, rendered: Sequence[Rendered], caller: Caller, model: str) -> AsyncIterator[Served]:
-        """Inside, the request is admitted; however it ends, what it used is told."""
-        ticket = await self._admit(demand_of(rendered, caller, PATIENCE_SECONDS))
-        served = Served(rendered, caller, ticket, time.monotonic())
+        """Inside, the request is admitted, its portions aside; however it ends, what it used is told."""
+        portions = portions_of(rendered, self._desk.share)
+        ticket = await self._admit(demand_of(rendered, caller, PATIENCE_SECONDS, runs=len(portions) == 1))
+        served = Served(rendered, portions, caller, ticket, time.monotonic())
         try:
             yield served
         except SpanfillError:
@@ -227,6 +259,32 @@ class FleetService:
             if served.first is not None:
                 self._metrics.began(served.first - served.started)
 
+    @asynccontextmanager
+    async def _running(self, served: Served, portion: Portion) -> AsyncIterator[None]:
+        """Inside, a portion may run, by a ticket of its own unless it is the whole request."""
+        if len(served.portions) == 1:
+            served.begun.update(portion.samples)
+            yield
+            return
+        asked = time.monotonic()
+        patience = BEGUN_PATIENCE_SECONDS if served.begun else PATIENCE_SECONDS
+        ticket = await self._desk.admit(portion.demand(served.rendered, served.caller, patience))
+        if not served.begun:
+            served.started = time.monotonic()
+            self._metrics.waited(served.started - asked)
+        served.begun.update(portion.samples)
+        before = served.completion_tokens
+        served.running = ticket, before
+        try:
+            yield
+        finally:
+            served.running = None
+            self._desk.leave(ticket, Used(ticket.demand.prompt_tokens, served.completion_tokens - before))
+
+    def _charge(self, served: Served) -> None:
+        for ticket, made in served.made:
+            self._desk.charge(ticket, made)
+
     async def _admit(self, demand: Demand) -> Ticket:
         """Wait for the ticket; how the caller then stands goes into the answer's headers."""
         asked = time.monotonic()
@@ -236,7 +294,8 @@ class FleetService:
             _note(await self._desk.standing(demand.caller))
             raise
         _note(ticket.standing)
-        self._metrics.waited(time.monotonic() - asked)
+        if demand.runs:
+            self._metrics.waited(time.monotonic() - asked)
         return ticket
 
 
@@ -248,6 +307,13 @@ def _note(standing: Standing) -> None:
 def _check(code: str | None, message: str | None) -> None:
     if code is not None:
         raise EngineError(f"{code}: {message}", remedy="Change the request.")
+
+
+def _made(rendered: Rendered, result: Result) -> int:
+    """Tokens of a result that were asked for; an engine that is asked for none makes one all the same."""
+    if rendered.ask.max_tokens == 0:
+        return 0
+    return sum(len(each.token_ids) + (each.stop_token_id is not None) for each in result.completions)
 
 
 def _ended_early() -> EngineDeadError:
@@ -264,10 +330,10 @@ def _as_pieces(answer: Answer) -> list[Piece | End]:
     return [*pieces, End(answer.usage, answer.truncated, answer.timing, answer.prompts)]
 
 
-def _grow(writings: dict[tuple[int, int], Writing], growth: Growth, served: Served) -> list[Piece]:
+def _grow(writings: dict[tuple[int, int], Writing], growth: Growth, served: Served, portion: Portion) -> list[Piece]:
     """What may be shown of a growth; a choice that ends, by itself or by its time, leaves ``writings``."""
     _check(growth.error_code, growth.error_message)
-    place = growth.key, growth.sample
+    place = growth.key, portion.samples[growth.key].start + growth.sample
     served.cached[place] = max(growth.cached_tokens, served.cached.get(place, 0))
     if (writing := writings.get(place)) is None:
         return []
@@ -281,6 +347,15 @@ def _grow(writings: dict[tuple[int, int], Writing], growth: Growth, served: Serv
         pieces.append(writing.cut())
         del writings[place]
     return pieces
+
+
+def _joined_results(first: Result, more: Result) -> Result:
+    """The answer to one ask of two, the one to its samples and the one to those behind them."""
+    return replace(
+        first,
+        completions=first.completions + more.completions,
+        cached_tokens=first.cached_tokens + more.cached_tokens,
+    )
 
 
 def _joined(pieces: list[Piece]) -> Choice:

@@ -4,6 +4,9 @@ A request asks, and is refused at once where a limit or the queue is full. Else 
 tenant's turn being its ``FairQueue``'s, or until its patience ends. It holds its part of the limits from the moment it
 asks until it leaves, or until its gateway falls silent. Batch rows do not come here: they go to the engines at a lower
 priority. No I/O.
+
+A large request has one ticket that holds the limits for all of it, takes no room and waits for nothing, and others, one
+after the other, with which its portions run: those of other tenants have their turns in between.
 """
 
 import heapq
@@ -33,7 +36,7 @@ class Decision:
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """A ticket that waits or runs, what it has reserved, and the output tokens that it was charged for."""
+    """A ticket that waits or is granted, what it has reserved, and the output tokens that it was charged for."""
 
     ticket: Ticket
     claim: Claim
@@ -97,7 +100,10 @@ class Admission:
         return held is not None and held.running
 
     def ask(self, demand: Demand, place: Place) -> Ticket:
-        """Take a demand in; it waits until ``decide`` names its ticket. Asking again for the same place does nothing.
+        """Take a demand in; it waits until ``decide`` names its ticket, where it ``runs``; else it is granted.
+
+        Asking again for the same place does nothing. What claims nothing is of a request that was taken in, and is not
+        refused here.
 
         Raises ``LimitError`` above a limit of the tenant or the key, ``OverloadedError`` when too many wait, and
         ``UsageError`` for more tokens than may be used in a whole minute.
@@ -106,8 +112,9 @@ class Admission:
         self._heard[place.gateway] = now
         if (known := self._find(place)) is not None:
             return known.ticket
-        self._check_bounds(demand.caller.tenant)
-        claim = self._limiter.claim(demand.caller, demand.tokens)
+        if demand.claims:
+            self._check_bounds(demand.caller.tenant)
+        claim = self._limiter.claim(demand.caller, demand.tokens) if demand.claims else Claim((), 0)
         held = _Held(Ticket(place, demand, self.standing(demand.caller)), claim, now)
         self._keep(held)
         heapq.heappush(self._deadlines, (now + demand.patience, place))
@@ -127,9 +134,12 @@ class Admission:
         return OverloadedError(message, remedy="Try again later; more replicas serve more at once.", retry_after=wait)
 
     def _keep(self, held: _Held) -> None:
-        place, caller = held.ticket.place, held.ticket.demand.caller
+        place, demand = held.ticket.place, held.ticket.demand
         self._held.setdefault(place.gateway, {})[place.number] = held
-        self._queue.push(caller.tenant, held, weight=caller.weight)
+        if demand.runs:
+            self._queue.push(held.tenant, held, weight=demand.caller.weight)
+        else:
+            held.running = True
 
     def _find(self, place: Place) -> _Held | None:
         return self._held.get(place.gateway, {}).get(place.number)
@@ -140,9 +150,11 @@ class Admission:
             return
         demand, now = ticket.demand, self._clock()
         self._heard[ticket.place.gateway] = now
-        held = _Held(ticket, self._limiter.force(demand.caller, demand.tokens), now)
+        claim = self._limiter.force(demand.caller, demand.tokens) if demand.claims else Claim((), 0)
+        held = _Held(ticket, claim, now)
         self._keep(held)
-        self._start(held)
+        if demand.runs:
+            self._start(held)
 
     def charge(self, place: Place, output_tokens: int) -> None:
         """The request has made so many output tokens by now; what was charged before is not charged again."""
@@ -152,6 +164,8 @@ class Admission:
             held.claim.use(held.ticket.demand.prompt_tokens + output_tokens)
 
     def _charge(self, held: _Held, output_tokens: int) -> None:
+        if not held.ticket.demand.runs:
+            return
         more = max(0, output_tokens - held.charged)
         held.charged += more
         self._queue.charge(held.tenant, W_OUT * more)
@@ -173,6 +187,8 @@ class Admission:
         place, demand = held.ticket.place, held.ticket.demand
         del self._held[place.gateway][place.number]
         held.claim.end()
+        if not demand.runs:
+            return
         if held.running:
             self._serving -= 1
             self._samples -= demand.samples
@@ -228,7 +244,7 @@ class Admission:
             self._decided.append(Decision(held.ticket))
 
     def _fits(self, demand: Demand, capacity: Capacity) -> bool:
-        """Whether there is room; what is larger than all the engines together runs when nothing else does."""
+        """Whether there is room; what is larger than all the engines that are left runs when nothing else does."""
         if not self._serving:
             return capacity.samples > 0
         samples, tokens = self._samples + demand.samples, self._tokens + demand.tokens

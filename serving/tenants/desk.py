@@ -132,6 +132,7 @@ class Desk:
     def __init__(self, app: str, capacity: Capacity, *, bounds: Bounds = USUAL_BOUNDS) -> None:
         self.serving = 0
         self._capacity = capacity
+        self._share: Capacity | None = None
         self._app = app
         self._bounds = bounds
         self._clerk: Any = None
@@ -184,9 +185,16 @@ class Desk:
             else:
                 return answer
 
+    @property
+    def share(self) -> Capacity | None:
+        """What of the engines one request may fill at once, by those that were there last; None before any was."""
+        return self._share
+
     def resize(self, capacity: Capacity) -> None:
         """Replicas came or went."""
         self._capacity = capacity
+        if capacity.samples:
+            self._share = capacity.share
         self._news.set()
 
     def charge(self, ticket: Ticket, output_tokens: int) -> None:

@@ -160,13 +160,17 @@ class Claim:
             account.tokens.reserve(tokens)
 
     def begin(self) -> None:
-        """The request is served, and so counts as one."""
+        """The request is served, and so counts as one, however often that is said."""
+        if self._begun:
+            return
         self._begun = True
         for account in self._accounts:
             account.requests.settle(reserved=1, used=1)
 
     def use(self, tokens: int) -> None:
-        """The request has used so many tokens in all by now; what was reserved for them is used up."""
+        """The request, once served, has used so many tokens in all by now; what was reserved for them is used up."""
+        if tokens:
+            self.begin()
         more = max(0, tokens - self._used)
         covered = min(more, self._left)
         self._used, self._left = self._used + more, self._left - covered

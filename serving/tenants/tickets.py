@@ -19,7 +19,9 @@ class Place(NamedTuple):
 class Demand:
     """What a caller's request may come to use: ``output_tokens`` is ``n * max_tokens``, ``samples`` run side by side.
 
-    A request of several prompts is their sum. It waits ``patience`` seconds at most, a finite number.
+    A request of several prompts is their sum. It waits ``patience`` seconds at most, a finite number. One that ``runs``
+    takes room in the engines, one that ``claims`` counts against its caller's limits. A large request does so in parts:
+    one that only claims, for all of it, is admitted or refused at once, and each of its portions only runs.
     """
 
     caller: Caller
@@ -27,6 +29,8 @@ class Demand:
     output_tokens: int
     samples: int = 1
     patience: float = 30.0
+    runs: bool = True
+    claims: bool = True
 
     @property
     def tokens(self) -> int:
@@ -56,12 +60,23 @@ class Used:
         return self.prompt_tokens + self.output_tokens
 
 
+LEAST_SHARES = 4
+"""No request fills more than one part of so many of the engines at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """What the engines hold at once: samples that run, and tokens in their KV caches, added up over the replicas."""
 
     samples: int
     tokens: int
+    replicas: int = 1
+
+    @property
+    def share(self) -> "Capacity":
+        """What one request may fill at once: a part of the engines, and of one replica, to which one call goes."""
+        shares = max(LEAST_SHARES, self.replicas)
+        return Capacity(self.samples // shares, self.tokens // shares)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from serving.protocol import Growth, MicroBatch, MicroBatchResult
 from serving.simulated import SimulatedEngine
 from serving.tenants.caller import Caller
 from serving.tenants.limits import Level, Standing
-from serving.tenants.tickets import Demand, Place, Ticket, Used
+from serving.tenants.tickets import Capacity, Demand, Place, Ticket, Used
 
 FORMAT = load_format("codegen25")
 MODEL = ServedModel("demo", "codegen25", 256, can_infill=True)
@@ -34,6 +34,7 @@ class Desk:
     demands: list[Demand] = field(default_factory=list)
     charged: list[int] = field(default_factory=list)
     left: list[Used | None] = field(default_factory=list)
+    share: Capacity | None = None
 
     async def admit(self, demand: Demand) -> Ticket:
         """As the desk."""
@@ -56,7 +57,7 @@ class Desk:
 
 
 class House:
-    """A service on one engine; make it inside an event loop. ``stream`` answers streams in the engine's stead."""
+    """A service on one engine; make it inside an event loop. ``stream`` and ``whole`` answer in the engine's stead."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class House:
         instant: bool = True,
         desk: Desk | None = None,
         stream: Call[list[Growth]] | None = None,
+        whole: Call[MicroBatchResult] | None = None,
         model: ServedModel = MODEL,
         time_scale: float = 1.0,
     ) -> None:
@@ -78,7 +80,7 @@ class House:
         self.used: list[tuple[str, Usage]] = []
         self.desk = desk or Desk()
         self.metrics = Metrics()
-        engines = Engines(model, FORMAT, "codegen25", self._whole, stream or self._stream)
+        engines = Engines(model, FORMAT, "codegen25", whole or self._whole, stream or self._stream)
         self.service = FleetService(engines, self.desk, self._meter, self.metrics)
 
     def _meter(self, caller: Caller, model: str, usage: Usage) -> None:

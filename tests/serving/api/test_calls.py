@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError, TaskCancelledError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from serving.api import calls
 from serving.api.calls import answers
@@ -137,3 +137,28 @@ def test_whoever_is_cancelled_ends_the_call_and_makes_no_other() -> None:
         return response.cancelled, replicas.called
 
     assert asyncio.run(run()) == (1, 1)
+
+
+def test_a_call_that_serve_cancels_for_its_caller_is_a_cancellation() -> None:
+    replicas = Replicas(Response(RequestCancelledError()), Response("a"))
+    with pytest.raises(asyncio.CancelledError):
+        read(replicas)
+    assert replicas.called == 1
+
+
+def test_a_caller_who_is_cancelled_behind_his_call_makes_no_other() -> None:
+    async def run() -> int:
+        replicas = Replicas(Response("a", asyncio.CancelledError()), Response("b"))
+
+        async def wait() -> None:
+            async for _ in answers(replicas, BATCH):
+                pass
+
+        task = asyncio.ensure_future(wait())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return replicas.called
+
+    assert asyncio.run(run()) == 1

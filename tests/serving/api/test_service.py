@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.serve.exceptions import RequestCancelledError
 
 from serving.api import service
 from serving.api.ask import Ask, Decoding, End, Piece
+from serving.api.calls import Call
 from serving.api.checks import MOST_CHOICES
 from serving.api.edge import Noted, noted
 from serving.api.prompts import Rendered
@@ -26,7 +28,7 @@ from serving.errors import (
     UsageError,
 )
 from serving.formats import Format
-from serving.protocol import INTERACTIVE_PRIORITY, Growth
+from serving.protocol import INTERACTIVE_PRIORITY, Completion, Growth, MicroBatch, MicroBatchResult, Result
 from serving.tenants.caller import Caller
 from serving.tenants.tickets import Used
 from tests.serving.api.house import ACME, FORMAT, MODEL, NO_ROOM, ROOM, Desk, House, answered, streamed, telling
@@ -191,6 +193,91 @@ def test_a_cancelled_answer_frees_the_engine() -> None:
             await task
         await asyncio.sleep(0.5)
         assert len(house.desk.left) == 1
+
+    asyncio.run(run())
+
+
+MADE = "a = 1\n"
+MADE_COUNT = len(FORMAT.tokenizer.encode(MADE))
+
+
+def then(*last: BaseException | None, made: asyncio.Event | None = None) -> Call[list[Growth]]:
+    """A replica that makes ``MADE``, says so and then does this, call by call: None makes no more, for ever."""
+    ends = iter(last)
+
+    async def stream(batch: MicroBatch) -> AsyncGenerator[list[Growth], None]:
+        end = next(ends)
+        for growth in grows(MADE, end=False):
+            yield [growth]
+        if made is not None:
+            made.set()
+        if end is not None:
+            raise end
+        await asyncio.Event().wait()
+
+    return stream
+
+
+@pytest.mark.parametrize("cancelled_by_serve", [True, False])
+def test_whoever_gives_up_an_answer_pays_for_what_was_made(cancelled_by_serve: bool) -> None:
+    async def run() -> None:
+        made = asyncio.Event()
+        house = House(stream=then(RequestCancelledError() if cancelled_by_serve else None, made=made))
+        task = asyncio.ensure_future(house.service.answer([INFILL], ACME, "demo"))
+        await asyncio.wait_for(made.wait(), 10)
+        if not cancelled_by_serve:
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        ((_, usage),) = house.used
+        assert usage.completion_tokens == MADE_COUNT
+        assert usage.prompt_tokens > 0
+        assert house.desk.left == [Used(usage.prompt_tokens, MADE_COUNT)]
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_loses_its_replica_is_made_by_another_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "WAIT_SECONDS", 0)
+
+    async def run() -> None:
+        calls: list[Call[list[Growth]]] = [then(EngineDeadError("gone")), telling(grows("b = 2\n"))]
+        house = House(stream=lambda batch: calls.pop(0)(batch))
+        (choice,) = (await house.service.answer([INFILL], ACME, "demo")).choices
+        assert (choice.text, choice.reason) == ("b = 2\n", "length")
+        ((_, usage),) = house.used
+        assert usage.completion_tokens == len(FORMAT.tokenizer.encode("b = 2\n"))
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_loses_every_replica_is_an_error_and_what_the_last_made_is_metered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "WAIT_SECONDS", 0)
+
+    async def run() -> None:
+        house = House(stream=then(*(EngineDeadError("gone") for _ in range(3))))
+        with pytest.raises(EngineDeadError):
+            await house.service.answer([INFILL], ACME, "demo")
+        assert [usage.completion_tokens for _, usage in house.used] == [MADE_COUNT]
+
+    asyncio.run(run())
+
+
+def test_of_answers_that_come_whole_those_are_metered_that_came_before_one_failed() -> None:
+    scored = Ask(prefix="x = 1\n", max_tokens=5, logprobs=0, echo=True)
+
+    async def whole(batch: MicroBatch) -> AsyncGenerator[MicroBatchResult, None]:
+        yield MicroBatchResult("here", (Result(0, (Completion([5, 6, 7], "length"),)),))
+        raise EngineError("broken")
+
+    async def run() -> None:
+        house = House(whole=whole)
+        with pytest.raises(EngineError, match="broken"):
+            await house.service.answer([scored, scored], ACME, "demo")
+        assert [usage.completion_tokens for _, usage in house.used] == [3]
+        assert house.desk.charged == [3]
 
     asyncio.run(run())
 

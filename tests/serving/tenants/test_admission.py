@@ -2,7 +2,7 @@
 
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -98,14 +98,124 @@ def test_room_is_counted_in_tokens_that_may_come_and_in_samples() -> None:
     assert door.granted() == [4]
 
 
-def test_what_is_larger_than_all_engines_runs_alone() -> None:
-    door = Door(samples=2, tokens=100)
+def test_what_has_become_larger_than_all_engines_runs_alone() -> None:
+    door = Door(samples=20, tokens=4_000)
     small, large, _ = (door.ask(wanted) for wanted in (demand(), demand(output=500, samples=5), demand()))
+    door.resize(2, 100)
     assert door.granted() == [1]
     door.admission.leave(small)
     assert door.granted() == [2]
     door.admission.leave(large)
     assert door.granted() == [3]
+
+
+def whole(tenant: str = "huge", output: int = 800, *, limits: Limits = NONE) -> Demand:
+    """What a large request claims; its portions are of ``portion``."""
+    return replace(demand(tenant, output=output, limits=limits), runs=False)
+
+
+def portion(tenant: str = "huge", output: int = 240) -> Demand:
+    """A quarter of the engines of ``Door(8)``."""
+    return replace(demand(tenant, output=output, samples=2, patience=600), claims=False)
+
+
+def test_a_share_is_a_part_of_the_engines_and_of_one_replica() -> None:
+    assert Capacity(8, 1_000).share == Capacity(2, 250)
+    assert Capacity(64, 8_000, replicas=8).share == Capacity(8, 1_000)
+
+
+def test_while_a_large_request_runs_in_portions_others_are_served() -> None:
+    door = Door(samples=8)
+    large = door.ask(whole())
+    assert door.admission.is_running(large)
+    assert (door.granted(), door.admission.serving, door.admission.waiting) == ([], 0, 0)
+    for _ in range(5):
+        part, small = door.ask(portion()), door.ask(demand("small"))
+        assert door.granted() == [part.number, small.number], "nobody waits for all of the large one"
+        for place, made in ((part, 240), (small, 10)):
+            door.admission.charge(place, made)
+            door.admission.leave(place)
+    door.admission.leave(large)
+    assert door.admission.serving == 0
+
+
+@given(
+    portions=st.lists(st.integers(1, 240), min_size=8, max_size=40),
+    arrivals=st.lists(st.integers(0, 30), min_size=1, max_size=20),
+)
+@settings(max_examples=50)
+def test_who_wants_little_is_served_at_the_next_end_of_a_portion_however_many_large_ones_there_are(
+    portions: list[int], arrivals: list[int]
+) -> None:
+    """Six large requests of one tenant, always with their next portion in the queue; the first that runs ends first."""
+    door = Door(samples=8)
+    for _ in range(6):
+        door.ask(whole())
+    running: list[Place] = []
+    left = [portion(output=output) for output in portions]
+    for _ in range(6):
+        door.ask(left.pop())
+    running += [Place("g", number) for number in door.granted()]
+    for turn in range(31):
+        smalls = [door.ask(demand("small")).number for _ in range(arrivals.count(turn) and 1)]
+        granted = door.granted()
+        if running:
+            ended = running.pop(0)
+            door.admission.charge(ended, 200)
+            door.admission.leave(ended)
+            if left:
+                door.ask(left.pop())
+        granted += door.granted()
+        assert set(smalls) <= set(granted)
+        running += [Place("g", number) for number in granted if number not in smalls]
+        for number in smalls:
+            door.admission.leave(Place("g", number), Used(10, 10))
+
+
+def test_a_large_request_claims_the_limits_once_and_for_all_of_it() -> None:
+    door = Door(samples=8)
+    limits = Limits(requests_per_minute=2, tokens_per_minute=1_000, concurrency=1)
+    large = door.ask(whole(limits=limits))
+    caller = whole(limits=limits).caller
+    for _ in range(3):
+        part = door.ask(replace(portion(), caller=caller))
+        assert door.granted() == [part.number]
+        with pytest.raises(LimitError, match="1 requests at once"):
+            door.ask(demand("huge", limits=limits))
+        door.admission.leave(part, Used(10, 100))
+    door.admission.charge(large, 300)
+    standing = door.admission.standing(caller)
+    assert standing.tokens
+    assert standing.requests
+    assert (standing.tokens.remaining, standing.requests.remaining) == (190, 1)
+    door.admission.leave(large, Used(10, 300))
+    standing = door.admission.standing(caller)
+    assert standing.tokens
+    assert standing.tokens.remaining == 690
+    with pytest.raises(LimitError, match="tokens a minute"):
+        door.ask(whole(limits=limits))
+
+
+def test_a_large_request_of_which_no_portion_ran_counts_for_nothing() -> None:
+    door = Door(samples=8)
+    limits = Limits(requests_per_minute=1)
+    door.admission.leave(door.ask(whole(limits=limits)), Used())
+    door.ask(whole(limits=limits))
+
+
+def test_a_new_desk_learns_of_a_large_request_and_of_its_portion() -> None:
+    door = Door(samples=8)
+    limits = Limits(concurrency=1)
+    large, part = whole(limits=limits), portion()
+    for number, wanted in ((7, large), (8, part)):
+        door.admission.adopt(Ticket(Place("g", number), wanted, door.admission.standing(wanted.caller)))
+    assert (door.admission.serving, door.admission.waiting) == (1, 0)
+    with pytest.raises(LimitError):
+        door.admission.ask(large, Place("h", 1))
+    for number in (8, 7):
+        door.admission.leave(Place("g", number), Used(10, 10))
+    assert door.admission.serving == 0
+    door.admission.ask(large, Place("h", 2))
 
 
 def test_without_engines_nobody_is_served_until_some_come() -> None:

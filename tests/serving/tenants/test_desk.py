@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import ray
@@ -65,6 +66,30 @@ def test_a_request_waits_for_room_and_gets_it_when_another_gateway_gives_it_back
             desk.leave(first, Used(10, 5))
             other.leave(await second)
             assert time.monotonic() - started < 1
+
+    asyncio.run(main())
+
+
+def test_a_large_request_waits_for_nothing_but_its_portions_do_and_its_limits_hold_across_gateways() -> None:
+    async def main() -> None:
+        async with desks(2, Capacity(0, 0)) as (desk, other):
+            unknown = desk.share
+            assert unknown is None
+            desk.resize(Capacity(4, 1_000))
+            assert desk.share == Capacity(1, 250)
+            desk.resize(Capacity(0, 0))
+            assert desk.share == Capacity(1, 250), "of the engines that were there last"
+            large = replace(demand(limits=Limits(concurrency=1)), runs=False)
+            whole = await desk.admit(large)
+            waiting = asyncio.create_task(desk.admit(replace(demand(), claims=False)))
+            assert await waits(waiting)
+            with pytest.raises(LimitError, match="1 requests at once"):
+                await other.admit(large)
+            desk.resize(Capacity(4, 1_000))
+            desk.leave(await waiting, Used(10, 5))
+            desk.leave(whole, Used(10, 5))
+            assert await serves(desk, 0)
+            other.leave(await other.admit(large))
 
     asyncio.run(main())
 
