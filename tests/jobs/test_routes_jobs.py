@@ -21,7 +21,7 @@ from serving.protocol import Completion, MicroBatch, MicroBatchResult, Request, 
 from serving.tenants.caller import Caller
 from serving.tenants.store import open_store
 from serving.tenants.usage import UsageRecord
-from tests.jobs.routed import as_tenant, ended, logs, routed, until, upload
+from tests.jobs.routed import as_tenant, ended, logs, routed, segments, until, upload
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -241,7 +241,26 @@ def test_finished_parts_of_a_cancelled_job_stay(cluster: None) -> None:
     assert running["progress"]["total_rows"] == 4_000
     assert told["status"] == "cancelled"
     assert 1_000 <= len(found["data"]) < 4_000
-    assert told["usage"]["completion_tokens"] == sum(row["completion_tokens"] for row in found["data"])
+    assert told["usage"]["completion_tokens"] >= sum(row["completion_tokens"] for row in found["data"])
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("cluster")
+def test_what_a_cancelled_job_without_a_part_used_is_metered() -> None:
+    with routed(SLOW) as client:
+        job = create_job(client, parquet(prefix=[f"def f{n}(" for n in range(4_000)]), max_tokens=16)
+        path = f"/v1/jobs/{job['id']}"
+        until(segments)
+        client.post(f"{path}/cancel")
+        told = ended(client, path)
+        (used,) = client.get("/v1/usage", params={"job": job["id"], "by": "job"}).json()["data"]
+        assert parts_of(client, job) == {"data": [], "errors": []}
+    rows = [row for path in segments() for row in pa.ipc.open_file(path).read_all().to_pylist()]
+    assert told["status"] == "cancelled"
+    assert used["requests"] == len({row["row"] for row in rows}) == len(rows)
+    assert used["completion_tokens"] == sum(len(row["token_ids"]) for row in rows)
+    assert used["prompt_tokens"] > used["cached_tokens"] == sum(row["cached_tokens"] for row in rows)
+    assert told["usage"] == {name: used[name] for name in told["usage"]}
 
 
 def test_usage_is_ones_own_unless_one_is_an_admin(client: TestClient) -> None:
