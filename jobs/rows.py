@@ -132,6 +132,7 @@ def output_columns(
         tally.samples += 1
         tally.prompt_tokens += fact.prompt_tokens
         tally.completion_tokens += len(sample.token_ids)
+        tally.stopped += sample.stop_token_id is not None
         tally.empty += not text
         tally.truncated += fact.truncated
         count(tally.finish_reasons, reason)

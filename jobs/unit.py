@@ -290,6 +290,7 @@ class UnitWork:
         live = self.live
         for sample in samples:
             live.completion_tokens += len(sample.token_ids)
+            live.stopped += sample.stop_token_id is not None
             live.empty += not sample.token_ids
             ended = sample.stop_token_id is not None or len(sample.token_ids) == self._spec.max_tokens
             reason = self._format.finish_reason(sample.stop_token_id) if ended else "stop"

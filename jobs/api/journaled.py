@@ -56,6 +56,11 @@ class Journaled:
         }
 
 
+def made_tokens(sample: Sample) -> int:
+    """Tokens that the engine made, as requests count them: the one that ended the sample is one."""
+    return len(sample.token_ids) + (sample.stop_token_id is not None)
+
+
 def cached_tokens(samples: Sequence[Sample], prompt_tokens: int) -> int:
     """What of a row's prompt was cached, the prompt counted once for all samples."""
     return min(prompt_tokens, round(samples[0].cached_tokens / len(samples)))

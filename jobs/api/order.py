@@ -98,7 +98,10 @@ class Problem(Frozen):
 
 
 class UnitUsage(Frozen):
-    """What a unit of a job used; ``name`` tells it from the work's others. A prompt counts once for all its samples."""
+    """What a unit of a job used; ``name`` tells it from the work's others.
+
+    A prompt counts once for all its samples, a stop token as one that was made: as requests are counted.
+    """
 
     name: str
     rows: int = 0

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from jobs.api.groups import group_spec
-from jobs.api.journaled import Journaled, cached_tokens, planned_ledger
+from jobs.api.journaled import Journaled, cached_tokens, made_tokens, planned_ledger
 from jobs.api.order import Order, Plan, UnitUsage, WorkFolder
 from jobs.job import open_input
 from jobs.rows import row_prompts
@@ -44,7 +44,7 @@ def _of_job(order: Order, number: int, spec: JobSpec) -> Iterator[UnitUsage]:
         for batch, found in journaled.rows(unit):
             for (_, prompt), samples in zip(make(spec, fmt, order.context, batch), found, strict=True):
                 if isinstance(prompt, Prompt) and samples[0].error_code is None:
-                    length, made = len(prompt.token_ids), sum(len(sample.token_ids) for sample in samples)
+                    length, made = len(prompt.token_ids), sum(map(made_tokens, samples))
                     used = used.with_row(length, cached_tokens(samples, length), made)
         if used.rows:
             yield used

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.api.groups import PASSED
-from jobs.api.journaled import Journaled, cached_tokens, planned_ledger
+from jobs.api.journaled import Journaled, cached_tokens, made_tokens, planned_ledger
+from jobs.calibration import STOP_REASONS
 from jobs.journal import Sample
 from jobs.ledger import Ledger, lists_errors
 from jobs.plan import Unit
@@ -29,7 +30,7 @@ ERROR_COLUMNS = [*PASSED, "error_code", "error_message"]
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """One sample of a row."""
+    """One sample of a row; the token that ended it is one of its ``tokens``."""
 
     text: str
     reason: str
@@ -77,8 +78,13 @@ def _finished(ledger: Ledger, unit: Unit) -> Iterator[RowResult]:
     rows = _rows(ledger.part(unit.index), PART_COLUMNS)
     for place, found in groupby(rows, key=lambda row: (row["line"], row["prompt"])):
         samples = list(found)
-        made = tuple(Made(row["infill"], row["finish_reason"], row["completion_tokens"]) for row in samples)
+        made = tuple(map(_made_of_part, samples))
         yield RowResult(*place, samples[0]["prompt_tokens"], made)
+
+
+def _made_of_part(row: dict[str, Any]) -> Made:
+    reason = row["finish_reason"]
+    return Made(row["infill"], reason, row["completion_tokens"] + (reason in STOP_REASONS))
 
 
 def _failed(ledger: Ledger, unit: Unit) -> Iterator[RowResult]:
@@ -121,4 +127,4 @@ class _Journals:
 
     def _made(self, sample: Sample) -> Made:
         infill = self._format.infill(sample.token_ids, stop_token_id=sample.stop_token_id, stop=self._spec.stop)
-        return Made(infill.text, infill.finish_reason, len(sample.token_ids))
+        return Made(infill.text, infill.finish_reason, made_tokens(sample))
