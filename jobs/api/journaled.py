@@ -12,6 +12,7 @@ from jobs.ledger import STATE, Ledger, read_job
 from jobs.plan import Unit
 from jobs.reader import UnitReader
 from jobs.store import Location, exists, locate
+from jobs.unit import BATCH_BYTES
 
 
 def planned_ledger(output: Location) -> Ledger | None:
@@ -28,7 +29,7 @@ class Journaled:
     def __init__(self, ledger: Ledger, source: str, columns: Sequence[str], samples: int) -> None:
         self._ledger = ledger
         self._files = ledger.inputs()
-        self._reader = UnitReader(locate(source), columns)
+        self._reader = UnitReader(locate(source), columns, most_bytes=BATCH_BYTES)
         self._count = samples
 
     def rows(self, unit: Unit) -> Iterator[tuple[pa.RecordBatch, list[list[Sample]]]]:

@@ -8,6 +8,7 @@ from pydantic import Field, JsonValue
 
 from jobs.spec import JobSpec
 from serving.api.ask import ServedModel
+from serving.api.edge import MOST_BODY
 from serving.config import Frozen
 
 Kind = Literal["batch", "job"]
@@ -52,8 +53,9 @@ class Order(Frozen):
         return ServedModel(self.model, self.format, self.context, self.can_infill)
 
     def spec(self, source: str, output: Path, options: dict[str, Any]) -> JobSpec:
-        """A job of this work; raises ``ConfigError``."""
+        """A job of this work, whose texts are no longer than a request may be; raises ``ConfigError``."""
         own = {"input": source, "output": str(output), "tenant": self.tenant, "weight": self.weight}
+        own |= {"most_text": MOST_BODY} if self.kind == "job" else {}
         return JobSpec.parse({**self.engine, **options, **own}, where="options")
 
 

@@ -21,6 +21,7 @@ from jobs.api.delivery import deliver
 from jobs.api.groups import group_spec
 from jobs.api.order import EXIT_HELD, GRACE_SECONDS, Mode, Order, Outcome, Problem, WorkFolder
 from jobs.api.partial import partial_usage
+from jobs.api.sizes import check_sizes
 from jobs.api.translation import plan_of
 from jobs.runner import Watcher, run_job
 from jobs.store import locate, publish_bytes
@@ -119,8 +120,10 @@ def _batch(order: Order, folder: WorkFolder, mode: Mode) -> Outcome:
 
 
 def _job(order: Order, folder: WorkFolder) -> Outcome:
+    spec = order.spec(order.source, folder.results(), dict(order.options))
+    check_sizes(spec)
     with _beside(order.app):
-        manifest = run_job(order.spec(order.source, folder.results(), dict(order.options)), watcher=_Log())
+        manifest = run_job(spec, watcher=_Log())
     return Outcome(completed=manifest["input_rows"] - manifest["errors"], failed=manifest["errors"])
 
 

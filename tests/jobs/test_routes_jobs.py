@@ -258,6 +258,22 @@ def test_a_job_that_cannot_run_says_why_without_the_servers_paths(instant: Route
 
 
 @pytest.mark.engine
+def test_a_small_file_that_would_fill_the_memory_fails_its_job_and_a_long_text_its_row(instant: RoutesConfig) -> None:
+    bomb = parquet(prefix=["x" * (129 << 20)])
+    assert len(bomb) < 10 << 20
+    with routed(instant) as client:
+        jobs = [create_job(client, data) for data in (bomb, parquet(prefix=["x" * (5 << 20), "a"]))]
+        told = [ended(client, f"/v1/jobs/{job['id']}") for job in jobs]
+        found = parts_of(client, jobs[1])
+    assert [one["status"] for one in told] == ["failed", "completed"]
+    assert told[0]["error"]["code"] == "bad_input"
+    assert "input.parquet, row group 0" in told[0]["error"]["message"]
+    (row,), (error,) = found["data"], found["errors"]
+    assert row["prefix"] == "a"
+    assert "5,242,880 bytes" in error["error_message"]
+
+
+@pytest.mark.engine
 def test_finished_parts_of_a_cancelled_job_stay(cluster: None) -> None:
     with routed(SLOW) as client:
         job = create_job(
