@@ -10,7 +10,6 @@ from typing import Any
 from jobs.dispatch import Call, Dispatcher
 from jobs.lanes import Lanes, Ticket
 from jobs.plan import InputFile, Unit
-from jobs.reader import UnitReader
 from jobs.score import SCORING
 from jobs.tally import Tally
 from jobs.unit import FeederConfig, UnitWork
@@ -84,7 +83,7 @@ class Feeder:
         self._began = time.process_time()
         self._config = config
         self._format: Format = load_format(config.format, tokenizer_of=config.tokenizer)
-        self._reader = UnitReader(config.input, config.schema.names)
+        self._reader = config.reader()
         self._reading = asyncio.Lock()
         self._ready = asyncio.Event()
         self._stopping = False

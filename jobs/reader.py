@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from jobs.pages import row_bytes
 from jobs.plan import InputFile, Unit
 from jobs.store import PATIENCE_SECONDS, Location, locate, may_pass, patient
 from serving.errors import InputChangedError, InputError
@@ -263,11 +265,16 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 class UnitReader:
-    """Streams units' rows; consecutive units of one file go on where the last one ended, in one pass over it."""
+    """Streams units' rows; consecutive units of one file go on where the last one ended, in one pass over it.
 
-    def __init__(self, root: Location, columns: Sequence[str]) -> None:
+    Rows that are read at once have about ``most_bytes`` bytes at most, whatever encoding they have; one row is always
+    read.
+    """
+
+    def __init__(self, root: Location, columns: Sequence[str], *, most_bytes: int | None = None) -> None:
         self._root = root
         self._columns = list(columns)
+        self._most = most_bytes
         self._path = ""
         self._at = 0
         self._batches: Iterator[pa.RecordBatch] = iter(())
@@ -318,15 +325,21 @@ class UnitReader:
         while group < parquet.num_row_groups and at + parquet.metadata.row_group(group).num_rows <= start:
             at += parquet.metadata.row_group(group).num_rows
             group += 1
-        self._batches = self._row_groups(parquet, group, at)
+        self._batches = self._row_groups(source, parquet, group, at)
         self._path, self._at, self._rest = file.path, at, None
 
-    def _row_groups(self, parquet: pq.ParquetFile, group: int, at: int) -> Iterator[pa.RecordBatch]:
+    def _row_groups(
+        self, source: pa.NativeFile, parquet: pq.ParquetFile, group: int, at: int
+    ) -> Iterator[pa.RecordBatch]:
         """The batches from row group ``group`` on, whose first row is ``at``; one group is held at a time."""
         for number in range(group, parquet.num_row_groups):
             stop = at + parquet.metadata.row_group(number).num_rows
             self._group = f"rows {at} to {stop} (row group {number})"
-            yield from parquet.iter_batches(READ_ROWS, row_groups=[number], columns=self._columns)
+            rows = READ_ROWS
+            if self._most is not None:
+                widest = row_bytes(source, parquet.metadata.row_group(number), self._columns)
+                rows = max(1, min(rows, self._most // max(1, widest)))
+            yield from parquet.iter_batches(rows, row_groups=[number], columns=self._columns)
             at = stop
 
     def _take(self, file: InputFile, start: int, stop: int) -> Iterator[pa.RecordBatch]:
@@ -367,3 +380,21 @@ def _text(value: bytes | None) -> str | UnicodeDecodeError | None:
         return None if value is None else value.decode()
     except UnicodeDecodeError as error:
         return error
+
+
+@dataclass(frozen=True, slots=True)
+class TooLong:
+    """A text that has more bytes than it may have."""
+
+    bytes: int
+
+
+def short_texts(column: pa.Array, most: int) -> list[str | UnicodeDecodeError | TooLong | None]:
+    """As ``texts``, but what has more than ``most`` bytes is not decoded."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string_view(column.type):  # Nothing computes on it; nor may a cast look whether it is UTF-8.
+        column = column.cast(pa.binary_view()).cast(pa.large_binary()).view(pa.large_string())
+    sizes: list[int] = pc.fill_null(pc.binary_length(column), 0).to_pylist()
+    found = iter(texts(column.filter(pa.array([size <= most for size in sizes], pa.bool_()))))
+    return [next(found) if size <= most else TooLong(size) for size in sizes]

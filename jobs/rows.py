@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.journal import Sample
-from jobs.reader import is_text, texts
+from jobs.reader import TooLong, is_text, short_texts, texts
 from jobs.spec import ROLES, JobSpec
 from jobs.tally import Tally, count
 from serving.errors import InputError, SpanfillError
@@ -80,20 +80,30 @@ def row_untils(spec: JobSpec, batch: pa.RecordBatch) -> list[str | None]:
 
 
 def role_values(spec: JobSpec, batch: pa.RecordBatch, role: str) -> list[Any]:
-    """The values of the column that plays ``role``: None where there is no such column, errors for broken text."""
+    """The values of the column that plays ``role``: None where there is no such column, errors for broken text.
+
+    One that is longer than the job's ``most_text`` comes back as ``TooLong``.
+    """
     name = spec.column(role)
     if name not in batch.schema.names:
         return [None] * batch.num_rows
     column = batch.column(name)
-    return list(texts(column) if is_text(column.type) else column.to_pylist())
+    if not is_text(column.type):
+        return list(column.to_pylist())
+    return list(texts(column) if spec.most_text is None else short_texts(column, spec.most_text))
 
 
 def text_error(
-    spec: JobSpec, role: str, value: str | UnicodeDecodeError | None, *, required: bool
+    spec: JobSpec, role: str, value: str | UnicodeDecodeError | TooLong | None, *, required: bool
 ) -> InputError | None:
     """What is wrong with a row's value of the column that plays ``role``, if anything is."""
     if isinstance(value, UnicodeDecodeError):
         return InputError(f"column {spec.column(role)} is not UTF-8 at byte {value.start}.", remedy="Decode it before.")
+    if isinstance(value, TooLong):
+        return InputError(
+            f"column {spec.column(role)} has a text of {value.bytes:,} bytes, more than {spec.most_text:,}.",
+            remedy="Send less text.",
+        )
     if value is None and required:
         return InputError(f"column {spec.column(role)} is null.", remedy=f"Give a {role}; an empty one is allowed.")
     return None
@@ -132,6 +142,7 @@ def output_columns(
         tally.samples += 1
         tally.prompt_tokens += fact.prompt_tokens
         tally.completion_tokens += len(sample.token_ids)
+        tally.stopped += sample.stop_token_id is not None
         tally.empty += not text
         tally.truncated += fact.truncated
         count(tally.finish_reasons, reason)

@@ -41,8 +41,9 @@ class JobSpec(Frozen):
     ``input`` is a file, a folder or a glob, local or a URI; ``output`` a folder that belongs to this job. Lengths are
     in tokens, ``max_error_rate`` is a share of the rows tried, ``store_patience`` is in seconds. How tokens are drawn,
     with what penalties, is said as in vLLM's ``SamplingParams``. ``tenant`` is whose job it is where one fleet serves
-    several: it parts their prefix caches, by ``weight`` their shares of the engines,
-    and changes no infill. Raises ``ConfigError`` naming every wrong field.
+    several: it parts their prefix caches, by ``weight`` their shares of the engines, and changes no infill. With
+    ``most_text``, for an input that somebody else has sent, rows with a text of more bytes are error rows, and no more
+    rows are read at once than memory allows. Raises ``ConfigError`` naming every wrong field.
     """
 
     task: Literal["infill", "score"] = "infill"
@@ -85,6 +86,7 @@ class JobSpec(Frozen):
     rows_per_part: int = Field(10_000, ge=1)
     compression: str = "zstd"
     limit: int | None = Field(None, ge=1)
+    most_text: int | None = Field(None, ge=1)
 
     batch_rows: int = Field(64, ge=1)
     max_attempts: int = Field(3, ge=1)
@@ -179,7 +181,7 @@ class JobSpec(Frozen):
         if self.order == "global":  # Which rows a part holds, and their order.
             names |= {"order"}
         # Only where they are chosen: jobs that began before there were these options go on.
-        names |= set(self._chosen(("stop_at_suffix", *PENALTIES)))
+        names |= set(self._chosen(("stop_at_suffix", "most_text", *PENALTIES)))
         arguments = {key: value for key, value in engine.engine_args.items() if key not in SPEED_ARGUMENTS}
         return {
             "input": files,

@@ -17,7 +17,8 @@ class Tally:
     ``replayed`` counts the rows among ``rows`` that came from the journal, ``prepared`` those whose prompt was made or
     could not be made, ``refused`` the latter: no engine ever saw them. ``ideal_tokens`` is what ``cached_tokens`` would
     be with a prefix cache that forgets nothing within a unit; ``twins`` are rows that took another's answer because
-    their prompt and seeds were the same. ``sum_logprob`` is that of all ``scored_tokens``, texts of ``scored_bytes``.
+    their prompt and seeds were the same. ``stopped`` are samples that a stop token ended, which ``completion_tokens``
+    leaves out. ``sum_logprob`` is that of all ``scored_tokens``, texts of ``scored_bytes``.
     ``cpu_seconds`` are the feeder's, by what it did.
     """
 
@@ -29,6 +30,7 @@ class Tally:
     samples: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    stopped: int = 0
     scored_tokens: int = 0
     scored_bytes: int = 0
     sum_logprob: float = 0.0

@@ -27,6 +27,8 @@ from serving.formats import Format, Prompt
 from serving.protocol import Request, Result
 
 EXAMPLES = 3
+BATCH_BYTES = 256 << 20
+"""Of rows that are read at once, where their texts are bounded too."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class FeederConfig:
     schema: pa.Schema
     kept: tuple[str, ...]
     metadata: dict[str, Any]
+
+    def reader(self) -> UnitReader:
+        """A reader of the job's rows, which come out once for each sample."""
+        most = None if self.spec.most_text is None else BATCH_BYTES // self.spec.n
+        return UnitReader(self.input, self.schema.names, most_bytes=most)
 
 
 class UnitWork:
@@ -290,6 +297,7 @@ class UnitWork:
         live = self.live
         for sample in samples:
             live.completion_tokens += len(sample.token_ids)
+            live.stopped += sample.stop_token_id is not None
             live.empty += not sample.token_ids
             ended = sample.stop_token_id is not None or len(sample.token_ids) == self._spec.max_tokens
             reason = self._format.finish_reason(sample.stop_token_id) if ended else "stop"
@@ -359,7 +367,7 @@ class UnitWork:
         if self.unit.rows == 0:
             yield pa.RecordBatch.from_pylist([], self._config.schema), 0
         first, digest = 0, InputDigest(self._digested)
-        for batch in UnitReader(self._config.input, self._config.schema.names).read(self._file, self.unit):
+        for batch in self._config.reader().read(self._file, self.unit):
             digest.add(batch)
             yield batch, first
             first += batch.num_rows

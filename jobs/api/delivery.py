@@ -65,13 +65,8 @@ class _PartialUsage:
             return
         name = f"{group}/{row.unit}"
         before = self._units.get(name, UnitUsage(name=name))
-        self._units[name] = UnitUsage(
-            name=name,
-            rows=before.rows + 1,
-            prompt_tokens=before.prompt_tokens + row.prompt_tokens,
-            cached_tokens=before.cached_tokens + row.cached_tokens,
-            completion_tokens=before.completion_tokens + sum(made.tokens for made in row.made),
-        )
+        made = sum(made.tokens for made in row.made)
+        self._units[name] = before.with_row(row.prompt_tokens, row.cached_tokens, made)
 
 
 def _merged(order: Order, folder: WorkFolder, plan: Plan, usage: _PartialUsage) -> Iterable[RowResult]:

@@ -27,7 +27,7 @@ def _of_job(number: int, output: Path, known: Collection[str]) -> Iterator[UnitU
 
 
 def _usage(name: str, report: Report, samples: int) -> UnitUsage:
-    """A tally counts a prompt, and what of it was cached, once for each sample."""
+    """A tally counts a prompt, and what of it was cached, once for each sample, and no stop token."""
     tally = report.tally
     prompt = tally.prompt_tokens // samples
     return UnitUsage(
@@ -35,5 +35,5 @@ def _usage(name: str, report: Report, samples: int) -> UnitUsage:
         rows=tally.rows - tally.errors,
         prompt_tokens=prompt,
         cached_tokens=min(prompt, round(tally.cached_tokens / samples)),
-        completion_tokens=tally.completion_tokens,
+        completion_tokens=tally.completion_tokens + tally.stopped,
     )

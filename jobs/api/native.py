@@ -54,7 +54,7 @@ class JobProgress(BaseModel):
 
 
 class JobUsage(BaseModel):
-    """Tokens of the parts that are out."""
+    """Tokens of the parts that are out; of a job that ended early, also of the rows that were answered without one."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -8,12 +8,14 @@ from pydantic import Field, JsonValue
 
 from jobs.spec import JobSpec
 from serving.api.ask import ServedModel
+from serving.api.edge import MOST_BODY
 from serving.config import Frozen
 
 Kind = Literal["batch", "job"]
 Cut = Literal["cancelled", "expired"]
-Mode = Literal["run", "cancelled", "expired"]
-"""What a process is to do: run the work to its end, or deliver what is done of one that was cut short."""
+Mode = Literal["run", "cancelled", "expired", "count"]
+"""What a process is to do: run the work to its end, deliver what is done of a batch that was cut short, or count what a
+work's unfinished units used."""
 
 EXIT_HELD = 75
 """Another process works in the folder still (EX_TEMPFAIL of sysexits.h)."""
@@ -51,8 +53,9 @@ class Order(Frozen):
         return ServedModel(self.model, self.format, self.context, self.can_infill)
 
     def spec(self, source: str, output: Path, options: dict[str, Any]) -> JobSpec:
-        """A job of this work; raises ``ConfigError``."""
+        """A job of this work, whose texts are no longer than a request may be; raises ``ConfigError``."""
         own = {"input": source, "output": str(output), "tenant": self.tenant, "weight": self.weight}
+        own |= {"most_text": MOST_BODY} if self.kind == "job" else {}
         return JobSpec.parse({**self.engine, **options, **own}, where="options")
 
 
@@ -97,7 +100,10 @@ class Problem(Frozen):
 
 
 class UnitUsage(Frozen):
-    """What a unit of a job used; ``name`` tells it from the work's others. A prompt counts once for all its samples."""
+    """What a unit of a job used; ``name`` tells it from the work's others.
+
+    A prompt counts once for all its samples, a stop token as one that was made: as requests are counted.
+    """
 
     name: str
     rows: int = 0
@@ -105,11 +111,21 @@ class UnitUsage(Frozen):
     cached_tokens: int = 0
     completion_tokens: int = 0
 
+    def with_row(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> "UnitUsage":
+        """This and one row more."""
+        return UnitUsage(
+            name=self.name,
+            rows=self.rows + 1,
+            prompt_tokens=self.prompt_tokens + prompt_tokens,
+            cached_tokens=self.cached_tokens + cached_tokens,
+            completion_tokens=self.completion_tokens + completion_tokens,
+        )
+
 
 class Outcome(Frozen):
     """How a process ended: ``completed`` and ``failed`` lines or rows, or why there are none.
 
-    ``partial`` is what units used that were cut short and of which rows are delivered all the same.
+    ``partial`` is what units used that were cut short: of a batch, for the rows that are delivered all the same.
     """
 
     completed: int = 0

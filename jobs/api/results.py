@@ -13,13 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.api.groups import PASSED
+from jobs.api.journaled import Journaled, cached_tokens, made_tokens, planned_ledger
+from jobs.calibration import STOP_REASONS
 from jobs.journal import Sample
-from jobs.ledger import STATE, Ledger, lists_errors, read_job
+from jobs.ledger import Ledger, lists_errors
 from jobs.plan import Unit
-from jobs.reader import READ_ROWS, UnitReader
+from jobs.reader import READ_ROWS
 from jobs.rows import row_prompts
 from jobs.spec import JobSpec
-from jobs.store import Location, exists, locate
+from jobs.store import Location, locate
 from serving.formats import Format, Prompt
 
 PART_COLUMNS = [*PASSED, "infill", "finish_reason", "prompt_tokens", "completion_tokens"]
@@ -28,7 +30,7 @@ ERROR_COLUMNS = [*PASSED, "error_code", "error_message"]
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """One sample of a row."""
+    """One sample of a row; the token that ended it is one of its ``tokens``."""
 
     text: str
     reason: str
@@ -61,11 +63,8 @@ def group_results(spec: JobSpec, fmt: Format, context: int, columns: Sequence[st
 
     Raises ``OutputError`` for state that is damaged, ``StorageError``.
     """
-    output = locate(spec.output)
-    if not exists(output.join(STATE, "job.json")):
-        return
-    ledger = Ledger.of(output, read_job(output))
-    if not ledger.has_plan:
+    ledger = planned_ledger(locate(spec.output))
+    if ledger is None:
         return
     done, journals = ledger.done(), _Journals(spec, fmt, context, columns, ledger)
     for unit in ledger.planned():
@@ -79,8 +78,13 @@ def _finished(ledger: Ledger, unit: Unit) -> Iterator[RowResult]:
     rows = _rows(ledger.part(unit.index), PART_COLUMNS)
     for place, found in groupby(rows, key=lambda row: (row["line"], row["prompt"])):
         samples = list(found)
-        made = tuple(Made(row["infill"], row["finish_reason"], row["completion_tokens"]) for row in samples)
+        made = tuple(map(_made_of_part, samples))
         yield RowResult(*place, samples[0]["prompt_tokens"], made)
+
+
+def _made_of_part(row: dict[str, Any]) -> Made:
+    reason = row["finish_reason"]
+    return Made(row["infill"], reason, row["completion_tokens"] + (reason in STOP_REASONS))
 
 
 def _failed(ledger: Ledger, unit: Unit) -> Iterator[RowResult]:
@@ -101,32 +105,12 @@ class _Journals:
 
     def __init__(self, spec: JobSpec, fmt: Format, context: int, columns: Sequence[str], ledger: Ledger) -> None:
         self._spec, self._format, self._context = spec, fmt, context
-        self._ledger = ledger
-        self._files = ledger.inputs()
-        self._root = locate(spec.input)
-        self._reader = UnitReader(self._root, columns)
+        self._journaled = Journaled(ledger, spec.input, columns, spec.n)
 
     def rows(self, unit: Unit) -> Iterator[RowResult]:
         """The rows of a unit that its journal holds whole."""
-        whole, at = self._whole(unit), unit.start
-        if not whole:
-            return
-        for batch in self._reader.read(self._files[unit.file], unit):
-            rows = [row for row in range(batch.num_rows) if at + row in whole]
-            if rows:
-                taken = batch.take(pa.array(rows, pa.int64()))
-                yield from self._results(unit, taken, [whole[at + row] for row in rows])
-            at += batch.num_rows
-
-    def _whole(self, unit: Unit) -> dict[int, list[Sample]]:
-        found: dict[int, list[Sample]] = {}
-        for sample in self._ledger.journal(unit.index).replay().samples:
-            found.setdefault(sample.row, []).append(sample)
-        return {
-            row: sorted(samples, key=lambda sample: sample.sample)
-            for row, samples in found.items()
-            if samples[0].error_code is not None or len(samples) == self._spec.n
-        }
+        for batch, found in self._journaled.rows(unit):
+            yield from self._results(unit, batch, found)
 
     def _results(self, unit: Unit, batch: pa.RecordBatch, found: list[list[Sample]]) -> Iterator[RowResult]:
         prompts = row_prompts(self._spec, self._format, self._context, batch)
@@ -138,9 +122,9 @@ class _Journals:
                 yield RowResult(line, number, error=error, unit=unit.index)
             else:
                 made, length = tuple(map(self._made, samples)), len(prompt.token_ids)
-                cached = min(length, round(first.cached_tokens / len(samples)))
+                cached = cached_tokens(samples, length)
                 yield RowResult(line, number, length, made, unit=unit.index, cached_tokens=cached)
 
     def _made(self, sample: Sample) -> Made:
         infill = self._format.infill(sample.token_ids, stop_token_id=sample.stop_token_id, stop=self._spec.stop)
-        return Made(infill.text, infill.finish_reason, len(sample.token_ids))
+        return Made(infill.text, infill.finish_reason, made_tokens(sample))

@@ -175,7 +175,7 @@ class Tending:
         cut = self._cut_short()
         assert cut is not None
         if not self._is_batch or not self._is_prepared():
-            self._end(cut)
+            self._end_undone(cut)
         else:
             self._ran(self._watch(cut), cut)
 
@@ -226,12 +226,32 @@ class Tending:
             return
         told = {"code": problem.code, "message": problem.message}
         if self._is_batch:
-            self._end("failed", errors=[{**told, "line": None, "param": None}])
+            self._end_undone("failed", errors=[{**told, "line": None, "param": None}])
         else:
-            self._end("failed", problem=told)
+            self._end_undone("failed", problem=told)
 
     def _release(self, seconds: float, *, tries: int | None = None) -> None:
         self._office.queue.release(self._work.id, self._office.holder, seconds, tries=tries)
+
+    def _end_undone(self, status: Status, **told: Any) -> None:
+        """End a work that is not completed, once what its unfinished units used is counted, if that can be."""
+        code = self._watch("count") if self._folder.begun() else None
+        if code == EXIT_HELD or (code and self._office.stopping.is_set()):
+            self._release(HELD_SECONDS if code == EXIT_HELD else 0.0)
+            return
+        if code is not None:
+            self._meter(self._partial(code))
+        self._end(status, **told)
+
+    def _partial(self, code: int) -> Sequence[UnitUsage]:
+        why = f"exit code {code}"
+        if code == 0:
+            outcome = Outcome.model_validate_json(self._folder.outcome.read_bytes())
+            if outcome.problem is None:
+                return outcome.partial
+            why = outcome.problem.message
+        logger.warning("what unfinished units of %s used cannot be counted: %s", self._work.id, why)
+        return ()
 
     def _end(self, status: Status, **told: Any) -> None:
         self._meter()

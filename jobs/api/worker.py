@@ -1,4 +1,4 @@
-"""The process of one work: it reads a batch, runs its jobs and writes its results, or it runs one job.
+"""The process of one work: it reads a batch, runs its jobs and writes its results, or it runs one job, or it counts.
 
 ``python -m jobs.api.worker FOLDER MODE PARENT``. It knows its folder alone. It ends with 0 when there is an outcome,
 with ``EXIT_HELD`` while another process works in the folder, and as the job runner does when it is interrupted.
@@ -20,6 +20,8 @@ from ray import serve
 from jobs.api.delivery import deliver
 from jobs.api.groups import group_spec
 from jobs.api.order import EXIT_HELD, GRACE_SECONDS, Mode, Order, Outcome, Problem, WorkFolder
+from jobs.api.partial import partial_usage
+from jobs.api.sizes import check_sizes
 from jobs.api.translation import plan_of
 from jobs.runner import Watcher, run_job
 from jobs.store import locate, publish_bytes
@@ -83,7 +85,7 @@ def _alone(folder: WorkFolder) -> Iterator[bool]:
 def _work(folder: WorkFolder, mode: Mode) -> int:
     order = Order.model_validate_json(folder.order.read_bytes())
     try:
-        outcome = _batch(order, folder, mode) if order.kind == "batch" else _job(order, folder)
+        outcome = _outcome(order, folder, mode)
     except InterruptedJobError as error:
         return error.exit_code
     except SpanfillError as error:
@@ -91,6 +93,12 @@ def _work(folder: WorkFolder, mode: Mode) -> int:
         outcome = Outcome(problem=_problem(error, folder))
     publish_bytes(locate(str(folder.outcome)), outcome.model_dump_json().encode())
     return 0
+
+
+def _outcome(order: Order, folder: WorkFolder, mode: Mode) -> Outcome:
+    if mode == "count":
+        return Outcome(partial=tuple(partial_usage(order, folder)))
+    return _batch(order, folder, mode) if order.kind == "batch" else _job(order, folder)
 
 
 def _problem(error: SpanfillError, folder: WorkFolder) -> Problem:
@@ -112,8 +120,10 @@ def _batch(order: Order, folder: WorkFolder, mode: Mode) -> Outcome:
 
 
 def _job(order: Order, folder: WorkFolder) -> Outcome:
+    spec = order.spec(order.source, folder.results(), dict(order.options))
+    check_sizes(spec)
     with _beside(order.app):
-        manifest = run_job(order.spec(order.source, folder.results(), dict(order.options)), watcher=_Log())
+        manifest = run_job(spec, watcher=_Log())
     return Outcome(completed=manifest["input_rows"] - manifest["errors"], failed=manifest["errors"])
 
 

@@ -21,7 +21,18 @@ from serving.protocol import Completion, MicroBatch, MicroBatchResult, Request, 
 from serving.tenants.caller import Caller
 from serving.tenants.store import open_store
 from serving.tenants.usage import UsageRecord
-from tests.jobs.routed import as_tenant, ended, logs, routed, until, upload
+from tests.jobs.routed import (
+    as_tenant,
+    ask,
+    create_batch,
+    ended,
+    lines_of,
+    logs,
+    routed,
+    segments,
+    until,
+    upload,
+)
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -66,6 +77,11 @@ def parts_of(client: TestClient, job: dict[str, Any]) -> dict[str, list[dict[str
         assert (answer.status_code, len(answer.content)) == (200, part["bytes"])
         found[part["folder"]] += pq.read_table(io.BytesIO(answer.content)).to_pylist()
     return found
+
+
+def made_by(found: dict[str, list[dict[str, Any]]]) -> int:
+    """Tokens that the engine made, those that ended rows included."""
+    return sum(row["completion_tokens"] + (row["finish_reason"] in ("eom", "eos")) for row in found["data"])
 
 
 def test_a_new_job_is_told_and_listed(client: TestClient) -> None:
@@ -205,11 +221,27 @@ def test_a_job_comes_out_as_spanfill_run_writes_it(instant: RoutesConfig, home: 
     assert (error["extra"], error["source_file"], error["source_row"]) == (7, "input.parquet", 7)
     assert (told["progress"]["rows"], told["progress"]["total_rows"], told["progress"]["parts"]) == (count, count, 3)
     assert told["progress"]["error_codes"] == {"bad_input": 1}
-    sums = {name: sum(row[name] for row in found["data"]) for name in ("prompt_tokens", "completion_tokens")}
+    sums = {"prompt_tokens": sum(row["prompt_tokens"] for row in found["data"]), "completion_tokens": made_by(found)}
     assert told["usage"] | sums == told["usage"]
     assert usage[0] | told["usage"] | {"requests": count - 1} == usage[0]
     (works,) = home.glob("files/*/works")
     assert list(works.iterdir()) == []
+
+
+@pytest.mark.engine
+def test_a_batch_and_a_job_count_the_tokens_that_end_samples_as_requests_do(instant: RoutesConfig) -> None:
+    prompts = [f"def f{number}(" for number in range(50)]
+    with routed(instant) as client:
+        job = create_job(client, parquet(prefix=prompts), max_tokens=8)
+        asked = [ask(prompt, prompt=prompt, max_tokens=8, temperature=0) for prompt in prompts]
+        batch = ended(client, f"/v1/batches/{create_batch(client, *asked)['id']}")
+        told, found = ended(client, f"/v1/jobs/{job['id']}"), parts_of(client, job)
+        lines = lines_of(client, batch["output_file_id"])
+    stopped = [row["finish_reason"] == "eom" for row in found["data"]]
+    made = [row["completion_tokens"] + ended for row, ended in zip(found["data"], stopped, strict=True)]
+    assert 0 < sum(stopped) < len(prompts)
+    assert [line["response"]["body"]["usage"]["completion_tokens"] for line in lines] == made
+    assert told["usage"]["completion_tokens"] == batch["usage"]["output_tokens"] == sum(made)
 
 
 @pytest.mark.engine
@@ -223,6 +255,22 @@ def test_a_job_that_cannot_run_says_why_without_the_servers_paths(instant: Route
     for one in told:
         assert one["error"]["code"] == "bad_input"
         assert str(home) not in one["error"]["message"]
+
+
+@pytest.mark.engine
+def test_a_small_file_that_would_fill_the_memory_fails_its_job_and_a_long_text_its_row(instant: RoutesConfig) -> None:
+    bomb = parquet(prefix=["x" * (129 << 20)])
+    assert len(bomb) < 10 << 20
+    with routed(instant) as client:
+        jobs = [create_job(client, data) for data in (bomb, parquet(prefix=["x" * (5 << 20), "a"]))]
+        told = [ended(client, f"/v1/jobs/{job['id']}") for job in jobs]
+        found = parts_of(client, jobs[1])
+    assert [one["status"] for one in told] == ["failed", "completed"]
+    assert told[0]["error"]["code"] == "bad_input"
+    assert "input.parquet, row group 0" in told[0]["error"]["message"]
+    (row,), (error,) = found["data"], found["errors"]
+    assert row["prefix"] == "a"
+    assert "5,242,880 bytes" in error["error_message"]
 
 
 @pytest.mark.engine
@@ -241,7 +289,26 @@ def test_finished_parts_of_a_cancelled_job_stay(cluster: None) -> None:
     assert running["progress"]["total_rows"] == 4_000
     assert told["status"] == "cancelled"
     assert 1_000 <= len(found["data"]) < 4_000
-    assert told["usage"]["completion_tokens"] == sum(row["completion_tokens"] for row in found["data"])
+    assert told["usage"]["completion_tokens"] >= made_by(found)
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("cluster")
+def test_what_a_cancelled_job_without_a_part_used_is_metered() -> None:
+    with routed(SLOW) as client:
+        job = create_job(client, parquet(prefix=[f"def f{n}(" for n in range(4_000)]), max_tokens=16)
+        path = f"/v1/jobs/{job['id']}"
+        until(segments)
+        client.post(f"{path}/cancel")
+        told = ended(client, path)
+        (used,) = client.get("/v1/usage", params={"job": job["id"], "by": "job"}).json()["data"]
+        assert parts_of(client, job) == {"data": [], "errors": []}
+    rows = [row for path in segments() for row in pa.ipc.open_file(path).read_all().to_pylist()]
+    assert told["status"] == "cancelled"
+    assert used["requests"] == len({row["row"] for row in rows}) == len(rows)
+    assert used["completion_tokens"] == sum(len(row["token_ids"]) + (row["stop_token_id"] is not None) for row in rows)
+    assert used["prompt_tokens"] > used["cached_tokens"] == sum(row["cached_tokens"] for row in rows)
+    assert told["usage"] == {name: used[name] for name in told["usage"]}
 
 
 def test_an_admin_lists_and_cancels_jobs_of_all_tenants(client: TestClient) -> None:

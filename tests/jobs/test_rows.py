@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.journal import Sample
-from jobs.rows import PromptFacts, output_columns, row_seeds, row_untils, to_samples
+from jobs.rows import PromptFacts, output_columns, row_prompts, row_seeds, row_untils, to_samples
 from jobs.spec import JobSpec
 from jobs.tally import Tally
-from serving.formats import load_format
+from serving.formats import Prompt, load_format
 from serving.protocol import Completion, Result
 
 FORMAT = load_format("codegen25")
@@ -78,6 +78,18 @@ def test_an_engines_error_is_one_sample_and_logprobs_are_averaged() -> None:
     done = Result(3, (Completion([1, 2], "stop", EOM, [-1.0, -3.0]), Completion([1], "length")))
     samples = to_samples(replace(done, cached_tokens=16), 9, replica="r", attempts=1)
     assert [(s.sample, s.mean_logprob, s.cached_tokens) for s in samples] == [(0, -2.0, 16), (1, None, 0)]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.dictionary(pa.int32(), pa.large_string())])
+def test_a_row_with_a_text_that_is_too_long_is_an_error_row(kind: pa.DataType) -> None:
+    prefixes = pa.array(["ä" * 5, "b", None, "ä" * 6], kind)
+    batch = pa.record_batch({"prefix": prefixes, "suffix": ["x" * 11, "y", "z", ""]})
+    first, second, third, fourth = (made for _, made in row_prompts(spec(most_text=10), FORMAT, 2_048, batch))
+    assert str(first).startswith("column suffix has a text of 11 bytes, more than 10.")
+    assert isinstance(second, Prompt)
+    assert "column prefix is null" in str(third)
+    assert str(fourth).startswith("column prefix has a text of 12 bytes, more than 10.")
+    assert all(isinstance(made, Prompt) for _, made in row_prompts(spec(), FORMAT, 2_048, batch.slice(0, 2)))
 
 
 @given(st.text(max_size=20), st.text(max_size=20), st.integers(0, 2**62), st.integers(1, 5))

@@ -1,8 +1,10 @@
 """How often a work is tried whose process fails, and what becomes of it then; the process is a fake."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from jobs.api import tending
 from jobs.api.config import RoutesConfig
 from jobs.api.database import Database
 from jobs.api.office import Office
-from jobs.api.order import Kind, Mode, UnitUsage, WorkFolder
+from jobs.api.order import Kind, Mode, Outcome, Problem, UnitUsage, WorkFolder
 from jobs.api.queue import Queue
 from jobs.api.shelf import Shelf
 from jobs.api.submission import new_work, submit
@@ -104,6 +106,34 @@ def one_more_each_time() -> Callable[..., list[UnitUsage]]:
         return [UnitUsage(name=f"0/{unit}", rows=1) for unit in range(found) if f"0/{unit}" not in known]
 
     return finished
+
+
+class Refusing(Failing):
+    """A process that finds the work's input wrong, and what an unfinished unit of it used when it is to count that."""
+
+    def __init__(self, folder: WorkFolder, mode: Mode) -> None:
+        super().__init__(folder, mode)
+        folder.results().mkdir(parents=True, exist_ok=True)
+        partial = (UnitUsage(name="0/0", rows=2, prompt_tokens=20, completion_tokens=5),) if mode == "count" else ()
+        problem = None if partial else Problem(code="bad_input", message="No.", may_pass=False)
+        folder.outcome.write_text(Outcome(partial=partial, problem=problem).model_dump_json())
+
+    def poll(self) -> int | None:
+        """It ends well."""
+        return None if super().poll() is None else 0
+
+
+@pytest.mark.parametrize("kind", ["batch", "job"])
+def test_what_a_work_used_that_fails_is_counted_once(
+    office: Office, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    monkeypatch.setattr(tending, "WorkProcess", Refusing)
+    used = Counter[str]()
+    office = replace(office, add_usage=lambda source, records: used.update({source: records[0][1].completion_tokens}))
+    work = queued(office, kind)
+    ended = tended(office)
+    assert (ended.status, ended.told["usage"]["completion_tokens"]) == ("failed", 5)
+    assert used == {f"{work.id}/0/0": 5}
 
 
 def test_a_batch_is_tried_until_its_time_is_over_and_a_few_times_more(office: Office) -> None:
