@@ -22,7 +22,7 @@ from jobs.api.replies import (
     page_of,
 )
 from jobs.api.shelf import Shelf
-from jobs.api.upload import FORM_REMEDY, Uploaded, receive
+from jobs.api.upload import FORM_REMEDY, Uploaded, receive, told_bytes
 from serving.api.parts import WhoCalls
 from serving.api.replies import POSTED, READ, documented
 from serving.errors import UsageError
@@ -128,9 +128,11 @@ def router(shelf: Shelf, caller: WhoCalls, config: RoutesConfig) -> APIRouter:
     @routes.post("/v1/files", response_model=FileReply, responses=documented(*POSTED), openapi_extra=FORM)
     async def upload(request: Request, who: Annotated[Caller, me]) -> FileReply:
         """Store a file: `file` and `purpose`, `batch` (JSONL) or `job` (Parquet)."""
-        room = await run_in_threadpool(shelf.room, who.tenant)
-        with shelf.incoming(who.tenant) as path:
-            uploaded = await receive(request, path, min(room, config.upload_bytes))
+        told = told_bytes(request)
+        size = config.upload_bytes if told is None else min(told, config.upload_bytes)
+        with shelf.uploading(who.tenant, size) as earlier, shelf.incoming(who.tenant) as path:
+            room = await run_in_threadpool(shelf.room, who.tenant, earlier)
+            uploaded = await receive(request, path, min(room, size))
             row = _row(uploaded, who, shelf.clock(), config.kept_seconds)
             return file_reply(await run_in_threadpool(shelf.store, row, path))
 

@@ -160,15 +160,19 @@ class Queue:
         with self._database.session() as session:
             return session.scalar(query) is not None
 
-    def renew(self, work_id: str, holder: str, status: Status | None = None, **told: Any) -> WorkRow:
+    def renew(
+        self, work_id: str, holder: str, status: Status | None = None, *, size: int | None = None, **told: Any
+    ) -> WorkRow:
         """Hold a work for another while, and say how far it is; raises ``LeaseLostError``.
 
-        A work that is to be cancelled stays so, whatever its ``status`` would be.
+        ``size`` is the bytes of what it reads and has made, where that may have changed. A work that is to be cancelled
+        stays so, whatever its ``status`` would be.
         """
         now = self.clock()
         with self._database.session(writes=True) as session:
             work = _held(session, work_id, holder)
             work.held_until, work.told = now + LEASE_SECONDS, {**work.told, **told}
+            work.bytes = work.bytes if size is None else size
             if status is not None and work.status not in (status, "cancelling"):
                 _move(work, status, now)
         return work

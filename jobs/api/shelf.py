@@ -4,7 +4,9 @@ import hashlib
 import os
 import secrets
 import shutil
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,8 @@ class Shelf:
         self._root = root
         self._most_bytes = most_bytes
         self._most_files = most_files
+        self._open: Counter[str] = Counter()
+        self._opening = threading.Lock()
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -64,10 +68,33 @@ class Shelf:
         finally:
             path.unlink(missing_ok=True)
 
-    def room(self, tenant: str) -> int:
-        """Bytes that the tenant may store besides what it has; raises ``ForbiddenError`` when there are none."""
+    @contextmanager
+    def uploading(self, tenant: str, size: int) -> Iterator[int]:
+        """Reserve ``size`` bytes, which later uploads of the tenant to this gateway leave free until the end.
+
+        Gives how many this one is to leave free.
+        """
+        with self._opening:
+            earlier = self._open[tenant]
+            self._open[tenant] += size
+        try:
+            yield earlier
+        finally:
+            with self._opening:
+                self._open[tenant] -= size
+                if not self._open[tenant]:
+                    del self._open[tenant]
+
+    def room(self, tenant: str, earlier: int = 0) -> int:
+        """Bytes that the tenant may store besides what it has and what ``earlier`` uploads may bring.
+
+        Raises ``ForbiddenError`` when there are none.
+        """
         with self._database.session() as session:
-            return self._room(session, tenant)
+            left = self._room(session, tenant) - earlier
+        if left <= 0:
+            raise self._full()
+        return left
 
     def _room(self, session: Session, tenant: str) -> int:
         left = self._most_bytes - _stored(session, tenant)
@@ -143,7 +170,7 @@ class Shelf:
 
     def _full(self) -> ForbiddenError:
         return ForbiddenError(
-            f"The tenant may store {self._most_bytes:,} bytes, what its batches and jobs read included.",
+            f"The tenant may store {self._most_bytes:,} bytes, uploads and what its batches and jobs read included.",
             remedy="Delete files or finished jobs, or wait for the end of others.",
         )
 
@@ -161,7 +188,7 @@ def place(source: Path, target: Path) -> None:
 
 
 def _stored(session: Session, tenant: str) -> int:
-    """Bytes of a tenant's files, of what its batches and jobs read, and of its finished jobs' results."""
+    """Bytes of a tenant's files, of what its batches and jobs read, and of its jobs' results so far."""
     files = select(func.coalesce(func.sum(FileRow.bytes), 0)).where(FileRow.tenant == tenant)
     works = select(func.coalesce(func.sum(WorkRow.bytes), 0)).where(WorkRow.tenant == tenant)
     return int(session.scalar(files) or 0) + int(session.scalar(works) or 0)

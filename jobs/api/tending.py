@@ -109,10 +109,11 @@ class Tending:
         try:
             self._meter()
             status, told = self._progress()
-            self._work = self._office.queue.renew(self._work.id, self._office.holder, status, **told)
+            size = None if self._is_batch else self._job_bytes()
+            self._work = self._office.queue.renew(self._work.id, self._office.holder, status, size=size, **told)
         except LeaseLostError:
             raise
-        except SpanfillError as error:
+        except (SpanfillError, OSError) as error:
             logger.warning("%s goes on, how far it is cannot be told: %s", self._work.id, error)
 
     def _is_waited_for(self) -> bool:
@@ -120,6 +121,12 @@ class Tending:
         with suppress(DatabaseAwayError):
             return self._office.queue.is_waited_for(self._office.models)
         return False
+
+    def _job_bytes(self) -> int:
+        """Bytes of what a job reads here and of the parts that are out."""
+        source = self._folder.source("job")
+        read = source.stat().st_size if source.exists() else 0
+        return read + sum(part.size for part in part_files(self._folder))
 
     def _progress(self) -> tuple[Status | None, dict[str, Any]]:
         states = [state for _, path in self._folder.begun() if (state := _state(path)) is not None]

@@ -36,14 +36,20 @@ class Uploaded:
     fields: dict[str, str]
 
 
+def told_bytes(request: Request) -> int | None:
+    """The length of a body as its head tells it; None where it comes in chunks."""
+    told = request.headers.get("content-length", "")
+    return int(told) if told.isdecimal() else None
+
+
 async def receive(request: Request, target: Path, most: int) -> Uploaded:
     """Write the body's file to ``target``.
 
     Raises ``HTTPException`` with 413 as soon as it is known to have more than ``most`` bytes, ``UsageError`` for what
     is no form with one file.
     """
-    told = request.headers.get("content-length", "")
-    if told.isdecimal() and int(told) > most + ENVELOPE_BYTES:
+    told = told_bytes(request)
+    if told is not None and told > most + ENVELOPE_BYTES:
         raise _too_large(most)
     upload = await asyncio.to_thread(Upload, request.headers.get("content-type", ""), target, most)
     try:

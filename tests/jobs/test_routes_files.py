@@ -3,6 +3,7 @@
 import asyncio
 import stat
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,28 @@ def test_a_tenant_stores_so_much_and_no_more(home: Path) -> None:
         client.delete(f"/v1/files/{first}")
         upload(client, b"x" * 60)
     assert sum(path.stat().st_size for path in stored(home)) == 160
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["its length told", "in chunks"])
+def test_uploads_that_are_open_count(home: Path, told: bool) -> None:
+    body, others = form(bytes(2 * MIB)), list[int]()
+    headers = {"content-type": FORM} | ({"content-length": str(len(body))} if told else {})
+
+    with routed(IDLE.model_copy(update={"tenant_bytes": 3 * MIB})) as client, ThreadPoolExecutor(1) as pool:
+
+        def status(size: int, tenant: str = "acme") -> int:
+            form_of = {"content-type": FORM, "content-length": str(size), "authorization": f"Bearer {tenant}"}
+            return pool.submit(answer_of, client.app, form_of, [form(bytes(size))]).result()[0]
+
+        def chunks() -> Iterator[bytes]:
+            yield body[:MIB]
+            others.extend([status(2 * MIB), status(MIB // 2), status(2 * MIB, "zeta")])
+            yield body[MIB:]
+
+        assert answer_of(client.app, headers, chunks())[0] == 200
+        assert others == ([413, 200, 200] if told else [403, 403, 200])
+        assert answer_of(client.app, {"content-type": FORM}, [b"no form"])[0] == 400
+        assert status(MIB // 2) == 200
 
 
 def test_what_a_batch_reads_counts_until_it_ends() -> None:

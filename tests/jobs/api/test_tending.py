@@ -90,6 +90,17 @@ def test_a_job_whose_process_always_fails_fails_in_the_end(office: Office) -> No
     assert "exit code 1" in tries[-1].told["problem"]["message"]
 
 
+def test_parts_of_a_job_that_runs_count_as_stored(office: Office) -> None:
+    work = queued(office, "job")
+    folder = office.shelf.work_folder("acme", work.id)
+    folder.source("job").write_bytes(bytes(1 << 19))
+    data = folder.results() / "data"
+    data.mkdir(parents=True)
+    (data / "part-00000-0123456789ab.parquet").write_bytes(bytes(1 << 18))
+    assert tended(office).status == "in_progress"
+    assert office.shelf.room("acme") == 1 << 18
+
+
 def test_a_job_that_gets_on_in_between_is_tried_again(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     queued(office, "job")
     monkeypatch.setattr(tending, "finished_units", one_more_each_time())
