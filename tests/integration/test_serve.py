@@ -231,18 +231,17 @@ def test_a_job_outlives_a_kill(acme: Tenant, title: str) -> None:
     assert acme.column(job["id"], "number") == list(range(COUNT))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_with_all_that_it_started(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    """In the middle of a batch, which the next server goes on with."""
+def test_an_interrupt_ends_it_with_all_that_it_started(tmp_path: Path) -> None:
+    with running_server(tmp_path, *SLOW) as server:
+        end(server, signal.SIGINT, 130)
+
+
+def test_a_notice_ends_it_in_the_middle_of_a_batch_which_the_next_server_goes_on_with(tmp_path: Path) -> None:
     with running_server(tmp_path, *SLOW) as server:
         tenant = Tenant(server, "acme")
         batch = tenant.batch(COUNT)
         until(lambda: segments(server), server)
-        started = server.tree()
-        server.process.send_signal(number)
-        assert server.process.wait(90) == code, server.told
-        _, left = psutil.wait_procs(started, timeout=20)
-        assert not left, left
+        end(server, signal.SIGTERM, 143)
     with running_server(tmp_path, *SLOW) as server:
         tenant.openai = OpenAI(base_url=f"{server.url}/v1", api_key=tenant.key)
         tenant.http = httpx.Client(base_url=server.url, headers=tenant.http.headers, timeout=60)
@@ -252,6 +251,15 @@ def test_a_signal_ends_it_with_all_that_it_started(tmp_path: Path, number: signa
         assert [line["custom_id"] for line in tenant.lines(told["output_file_id"])] == [
             f"line {number}" for number in range(COUNT)
         ]
+
+
+def end(server: Server, number: signal.Signals, code: int) -> None:
+    """End a server by a signal; nothing that it started is left."""
+    started = server.tree()
+    server.process.send_signal(number)
+    assert server.process.wait(90) == code, server.told
+    _, left = psutil.wait_procs(started, timeout=20)
+    assert not left, left
 
 
 @contextmanager
