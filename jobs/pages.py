@@ -16,6 +16,11 @@ HEADER_BYTES = (1 << 10, 64 << 10, 16 << 20)
 """How much to read for a header, which may hold statistics; Arrow reads none that is longer."""
 
 DICTIONARY_PAGE = 2
+ABOUT = {0: (5, 2), DICTIONARY_PAGE: (7, 2), 3: (8, 4)}
+"""By a page's type: the field of its header that tells of its values, and which field there is their encoding."""
+
+I32 = 5
+MOST_FIELD = (1 << 15) - 1
 DELTA_BYTE_ARRAY = 7
 """The encoding of a page whose every value may repeat the one before, as page headers name it."""
 
@@ -50,7 +55,7 @@ def pages_of(source: pa.NativeFile, chunk: pq.ColumnChunkMetaData, where: str) -
     end = at + chunk.total_compressed_size
     while at < end:
         page = _page(source, at)
-        if page is None or page.end <= at:
+        if page is None or not at < page.end <= end:
             raise InputError(f"{where}: column {chunk.path_in_schema} is damaged.", remedy="Write the file again.")
         yield page
         at = page.end
@@ -97,12 +102,13 @@ def _header(data: bytes, at: int) -> Page:
     """Parse a ``PageHeader`` of parquet.thrift; raises ``ValueError``, ``IndexError`` where ``data`` ends too early."""
     reader = _Compact(data)
     fields = reader.struct()
-    about, encoding = (fields[5], 2) if 5 in fields else (fields.get(8, {}), 4)
-    told = [fields.get(1), fields.get(2), fields.get(3)]
-    if isinstance(about, dict):
-        told += [about.get(encoding, 0), about.get(1, 0)]
+    field, encoding = ABOUT.get(fields.get(1, -1), (0, 0))
+    about = fields.get(field)
+    if not isinstance(about, dict):
+        raise ValueError("no page header")
+    told = (fields[1], fields.get(2), fields.get(3), about.get(encoding), about.get(1))
     numbers = [value for value in told if type(value) is int and value >= 0]
-    if len(numbers) < 5:
+    if len(numbers) < len(told):
         raise ValueError("no page header")
     kind, size, stored, how, values = numbers
     return Page(kind == DICTIONARY_PAGE, how, size, values, at + reader.at + stored)
@@ -116,21 +122,30 @@ class _Compact:
         self._data = data
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """A struct's fields by their numbers; texts are skipped."""
+        """A struct's fields by their numbers, None for what is no i32 nor struct.
+
+        Raises ``ValueError`` for what readers could take in different ways: a field that is there twice, a number of
+        more bits than its type has.
+        """
         if depth > DEPTH:
             raise ValueError("a header is nested too deep")
         found: dict[int, Any] = {}
         number = 0
         while (head := self._byte()) != 0:
             number = number + (head >> 4) if head >> 4 else self._integer()
+            if number in found or not 0 < number <= MOST_FIELD:
+                raise ValueError("a field is there twice")
             found[number] = self._value(head & 15, depth)
         return found
 
     def _value(self, kind: int, depth: int) -> Any:
         if kind in (1, 2):
-            return kind == 1
-        if kind in (4, 5, 6):
-            return self._integer()
+            return None
+        if kind in (4, I32, 6):
+            value = self._integer()
+            if kind == I32 and not -(1 << 31) <= value < 1 << 31:
+                raise ValueError("a number is too large")
+            return value if kind == I32 else None
         if kind == 12:
             return self.struct(depth + 1)
         if kind not in (3, 7, 8):

@@ -231,11 +231,11 @@ def join_or_start(
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
         _wait_until_running(name, engine, replica, embedded, say, check)
+        handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
+        _, info = _described(name, handle)
     except BaseException:
         delete_app(name, guarded=not embedded)
         raise
-    handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
-    _, info = _described(name, handle)
     return Fleet(name, handle, info, replica.replicas, own=True, guarded=not embedded)
 
 

@@ -1,6 +1,5 @@
 """Files and works in the database of tenants: sessions, ids that nobody guesses, rows that only their tenant finds."""
 
-import hashlib
 import re
 import secrets
 import time
@@ -9,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sqlalchemy import URL, BigInteger, ColumnElement, and_, func, literal, or_, select
+from sqlalchemy import URL, ColumnElement, and_, or_, select
 from sqlalchemy.orm import Session
 
 from serving.errors import NotFoundError
@@ -50,16 +49,6 @@ class Database:
     def session(self, *, writes: bool = False) -> AbstractContextManager[Session]:
         """A transaction, committed at the end; its rows can be read afterwards."""
         return self._sessions.begin(writes=writes)
-
-
-def take_turns(session: Session, tenant: str) -> None:
-    """Let others who count what a tenant has, before they add to it, wait for this transaction's end.
-
-    On SQLite every transaction that writes is alone anyway.
-    """
-    if session.get_bind().dialect.name == "postgresql":
-        number = int.from_bytes(hashlib.blake2b(tenant.encode(), digest_size=8).digest(), signed=True)
-        session.execute(select(func.pg_advisory_xact_lock(literal(number, BigInteger))))
 
 
 def find_row(session: Session, table: type[Row], row_id: str, *mine: ColumnElement[bool], lock: bool = False) -> Row:

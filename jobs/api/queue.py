@@ -11,14 +11,18 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, and_, case, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from jobs.api.database import Database, Page, find_row, read_page, take_turns
+from jobs.api.database import Database, Page, find_row, read_page
 from jobs.api.order import Kind
-from serving.errors import LeaseLostError, LimitError, UsageError
-from serving.tenants.tables import WorkRow, cancel_work
+from serving.errors import ForbiddenError, LeaseLostError, LimitError, UsageError
+from serving.tenants.sessions import take_turns
+from serving.tenants.tables import TenantRow, WorkRow, cancel_work
 
 LEASE_SECONDS = 30.0
 WAIT_SECONDS = 60.0
 """When a tenant with too many unfinished works is told to come again."""
+
+WAITED_SECONDS = 5.0
+"""For how long a work waits before another makes way for it: a free place takes it within a second."""
 
 GONE_SECONDS = 600.0
 """When a work that is cut short is ended by any gateway, although none that serves its model has come."""
@@ -65,10 +69,15 @@ class Queue:
         return self._database.clock
 
     def submit(self, work: WorkRow, *, weight: float) -> WorkRow:
-        """Put a new work in its tenant's place; raises ``LimitError`` when the tenant has too many unfinished ones."""
+        """Put a new work in its tenant's place.
+
+        Raises ``LimitError`` when the tenant has too many unfinished ones, ``ForbiddenError`` when it was revoked.
+        """
         own = WorkRow.tenant == work.tenant
         with self._database.session(writes=True) as session:
             take_turns(session, work.tenant)
+            if session.scalar(select(TenantRow.revoked).where(TenantRow.name == work.tenant)) is not None:
+                raise ForbiddenError(f"The tenant {work.tenant} was revoked.", remedy="Ask an admin.")
             waiting = session.scalar(select(func.count()).where(own, WorkRow.status.in_(UNFINISHED))) or 0
             if waiting >= self._unfinished:
                 raise LimitError(
@@ -127,16 +136,17 @@ class Queue:
     ) -> WorkRow | None:
         """Take a work of one of the models that nobody holds: one that a dead gateway had begun, else whose turn it is.
 
-        With ``closing``, one that was cancelled or whose time is over; of any model, once it has waited for long. With
-        ``idle_only``, of a tenant of whom no work is held.
+        Turns are first of tenants of whom no work is held, with ``idle_only`` of them alone. With ``closing``, one that
+        was cancelled or whose time is over; of any model, once it has waited for long.
         """
         now = self.clock()
-        begun = case((WorkRow.status == "queued", 1), else_=0)
+        left = case((WorkRow.holder.is_not(None), 0), else_=1)
+        busy = case((_of_idle_tenants(now), 0), else_=1)
         query = (
             select(WorkRow)
             .where(WorkRow.status.in_(UNFINISHED), WorkRow.ready <= now)
             .where(_of(models, now, closing=closing), _free(now), _due(now, closing=closing))
-            .order_by(begun, WorkRow.turn, WorkRow.created)
+            .order_by(left, busy, WorkRow.turn, WorkRow.created)
             .limit(1)
         )
         if idle_only:
@@ -152,13 +162,17 @@ class Queue:
                     _move(work, "validating" if work.kind == "batch" else "in_progress", now)
         return work
 
-    def is_waited_for(self, models: Sequence[str]) -> bool:
-        """Whether a work of one of the models waits of a tenant of whom none is held."""
+    def makes_way(self, work_id: str, models: Sequence[str]) -> bool:
+        """Whether a work that is held shall make way: one for each tenant that waits and of whom none is held."""
         now = self.clock()
-        waiting = (WorkRow.status == "queued", WorkRow.ready <= now, _due(now, closing=False))
-        query = select(WorkRow.id).where(*waiting, WorkRow.model.in_(models), _of_idle_tenants(now)).limit(1)
+        waits = (WorkRow.status.in_(UNFINISHED), WorkRow.ready <= now - WAITED_SECONDS, WorkRow.model.in_(models))
+        tenants = select(func.count(WorkRow.tenant.distinct())).where(
+            *waits, _free(now), _due(now, closing=False), _of_idle_tenants(now)
+        )
+        held = select(WorkRow.id).where(WorkRow.held_until >= now, WorkRow.model.in_(models))
         with self._database.session() as session:
-            return session.scalar(query) is not None
+            waiting = session.scalar(tenants) or 0
+            return work_id in session.scalars(held.order_by(WorkRow.turn, WorkRow.created).limit(waiting)).all()
 
     def renew(
         self, work_id: str, holder: str, status: Status | None = None, *, size: int | None = None, **told: Any
@@ -177,13 +191,18 @@ class Queue:
                 _move(work, status, now)
         return work
 
-    def release(self, work_id: str, holder: str, seconds: float, *, tries: int | None = None) -> None:
+    def release(
+        self, work_id: str, holder: str, seconds: float, *, tries: int | None = None, is_last: bool = False
+    ) -> None:
         """Let go of a work, which is claimed again after ``seconds``; ``tries`` is how often it has failed by now.
 
-        Raises ``LeaseLostError``.
+        One that ``is_last`` gets a turn behind all that wait. Raises ``LeaseLostError``.
         """
         with self._database.session(writes=True) as session:
             work = _held(session, work_id, holder)
+            if is_last:
+                latest = _largest(session, WorkRow.status.in_(UNFINISHED))
+                work.turn = next_turn(latest, work.turn, work.details.get("weight", 1.0))
             work.holder = work.held_until = None
             work.ready = self.clock() + seconds
             work.tries = work.tries if tries is None else tries

@@ -14,9 +14,10 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
-from jobs.api.database import Database, Page, find_row, read_page, take_turns
+from jobs.api.database import Database, Page, find_row, read_page
 from jobs.api.order import WorkFolder
 from serving.errors import DatabaseAwayError, ForbiddenError, NotFoundError
+from serving.tenants.sessions import take_turns
 from serving.tenants.tables import FileRow, WorkRow
 
 INCOMING = ".incoming-"

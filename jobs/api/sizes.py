@@ -1,6 +1,6 @@
 """What a tenant's input may take of the server's memory: rows and pages of so many bytes, whatever its footer says."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 
 import pyarrow as pa
@@ -41,11 +41,13 @@ def _check(inputs: InputSet, columns: Collection[str]) -> None:
 def _check_file(root: Location, file: InputFile, columns: Collection[str]) -> None:
     with root.fs.open_input_file(file.path) as source:
         metadata = pq.ParquetFile(source).metadata
+        leaves = [metadata.schema.column(number) for number in range(metadata.num_columns)]
+        widths = {leaf.path: leaf.length for leaf in leaves}
         for number in range(metadata.num_row_groups):
             group, where = metadata.row_group(number), f"{file.name}, row group {number}"
             _check_rows(group, columns, where)
             if root.is_local:
-                _check_pages(source, group, columns, where)
+                _check_pages(source, group, columns, widths, where)
 
 
 def _check_rows(group: pq.RowGroupMetaData, columns: Collection[str], where: str) -> None:
@@ -54,15 +56,27 @@ def _check_rows(group: pq.RowGroupMetaData, columns: Collection[str], where: str
         raise _too_large(f"{where}: its rows have {mean:,} bytes on average", MOST_HELD)
 
 
-def _check_pages(source: pa.NativeFile, group: pq.RowGroupMetaData, columns: Collection[str], where: str) -> None:
+def _check_pages(
+    source: pa.NativeFile,
+    group: pq.RowGroupMetaData,
+    columns: Collection[str],
+    widths: Mapping[str, int],
+    where: str,
+) -> None:
+    """``widths`` are the bytes of the values of columns whose values have all the same, by their paths."""
     held = 0
     for chunk in chunks_of(group, columns):
-        largest = 0
-        for page in pages_of(source, chunk, where):
+        largest, width = 0, max(NUMBER_BYTES, widths[chunk.path_in_schema])
+        for number, page in enumerate(pages_of(source, chunk, where)):
+            if page.is_dictionary and number:
+                raise InputError(
+                    f"{where}: column {chunk.path_in_schema} has a dictionary behind its values.",
+                    remedy="Write the file again.",
+                )
             if page.encoding == DELTA_BYTE_ARRAY and not (names_delta(chunk) and page.size <= MOST_DELTA_PAGE):
                 kind = f"{chunk.path_in_schema} has a DELTA_BYTE_ARRAY page of {page.size:,} bytes"
                 raise _too_large(f"{where}: column {kind}", MOST_DELTA_PAGE)
-            largest = max(largest, page.size, NUMBER_BYTES * page.values)
+            largest = max(largest, page.size, width * page.values)
         held += largest
         if held > MOST_HELD:
             name = chunk.path_in_schema

@@ -25,9 +25,6 @@ BEAT_SECONDS = 2.0
 """How often a claim is renewed and progress told; a cancellation is seen as late."""
 
 POLL_SECONDS = 0.1
-AWAY_SECONDS = 10.0
-"""For how long a work that has made way is left to those for whom it did."""
-
 HELD_SECONDS = 3.0
 """When to look again for a folder where the process of a dead gateway still works."""
 
@@ -96,7 +93,7 @@ class Tending:
                     self._beat()
                     renewed = time.monotonic()
                     if mode == "run" and renewed - began >= self._office.config.turn_seconds:
-                        self._makes_way = self._makes_way or self._is_waited_for()
+                        self._makes_way = self._makes_way or self._is_due_to_make_way()
                 if self._office.stopping.is_set() or (mode == "run" and (self._makes_way or self._cut_short())):
                     process.stop()
                 time.sleep(POLL_SECONDS)
@@ -116,10 +113,10 @@ class Tending:
         except (SpanfillError, OSError) as error:
             logger.warning("%s goes on, how far it is cannot be told: %s", self._work.id, error)
 
-    def _is_waited_for(self) -> bool:
-        """Whether others' turn has come; nobody knows while the database is away."""
+    def _is_due_to_make_way(self) -> bool:
+        """Whether another's turn has come; nobody knows while the database is away."""
         with suppress(DatabaseAwayError):
-            return self._office.queue.is_waited_for(self._office.models)
+            return self._office.queue.makes_way(self._work.id, self._office.models)
         return False
 
     def _job_bytes(self) -> int:
@@ -171,7 +168,7 @@ class Tending:
             self._release(HELD_SECONDS if code == EXIT_HELD else 0.0)
         elif self._makes_way:
             self._meter()
-            self._release(AWAY_SECONDS)
+            self._release(0.0, is_last=True)
         else:
             self._meter()
             message = f"Its process ended with exit code {code}. The server's log tells more."
@@ -237,8 +234,8 @@ class Tending:
         else:
             self._end_undone("failed", problem=told)
 
-    def _release(self, seconds: float, *, tries: int | None = None) -> None:
-        self._office.queue.release(self._work.id, self._office.holder, seconds, tries=tries)
+    def _release(self, seconds: float, *, tries: int | None = None, is_last: bool = False) -> None:
+        self._office.queue.release(self._work.id, self._office.holder, seconds, tries=tries, is_last=is_last)
 
     def _end_undone(self, status: Status, **told: Any) -> None:
         """End a work that is not completed, once what its unfinished units used is counted, if that can be."""

@@ -161,7 +161,9 @@ class Admission:
         held = self._find(place)
         if held is not None and held.running:
             self._charge(held, output_tokens)
-            held.claim.use(held.ticket.demand.prompt_tokens + output_tokens)
+            # Of a request in portions nobody knows here which prompts have run: that is told when it leaves.
+            prompt = held.ticket.demand.prompt_tokens if held.ticket.demand.runs else 0
+            held.claim.use(prompt + output_tokens)
 
     def _charge(self, held: _Held, output_tokens: int) -> None:
         if not held.ticket.demand.runs:

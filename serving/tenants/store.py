@@ -13,7 +13,7 @@ from serving.tenants import usage
 from serving.tenants.caller import Caller, Limits, Role
 from serving.tenants.database import database_address, fingerprint
 from serving.tenants.key_text import DECOY_HASH, KeyText, matches, new_key, parse_key
-from serving.tenants.sessions import Sessions
+from serving.tenants.sessions import Sessions, take_turns
 from serving.tenants.tables import KeyRow, TenantRow, WorkRow, cancel_work
 from serving.tenants.terms import DEFAULT_TERMS, NO_LIMITS, Terms, check_limits, check_name, check_terms
 from serving.tenants.usage import DIMENSIONS, EVERYTHING, Dimension, Numbered, UsageFilter, UsageLine
@@ -96,8 +96,10 @@ class TenantStore:
         now = self._clock()
         with self._sessions.begin(writes=True) as session:
             row = _tenant(session, name)
+            take_turns(session, name)
             row.revoked = now if row.revoked is None else row.revoked
-            for work in session.scalars(select(WorkRow).where(WorkRow.tenant == name, WorkRow.ended.is_(None))):
+            unfinished = select(WorkRow).where(WorkRow.tenant == name, WorkRow.ended.is_(None))
+            for work in session.scalars(unfinished.with_for_update()):
                 cancel_work(work, now)
         return row
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.api.database import Database, Page
-from jobs.api.queue import GONE_SECONDS, LEASE_SECONDS, Queue, next_turn
+from jobs.api.queue import GONE_SECONDS, LEASE_SECONDS, WAITED_SECONDS, Queue, next_turn
 from jobs.api.submission import new_work
-from serving.errors import LeaseLostError, LimitError, NotFoundError, UsageError
+from serving.errors import ForbiddenError, LeaseLostError, LimitError, NotFoundError, UsageError
 from serving.tenants.caller import Caller
 from serving.tenants.database import database_address
 from serving.tenants.store import TenantStore
@@ -108,17 +108,49 @@ def test_a_long_job_of_one_tenant_does_not_keep_another_waiting(queue: Queue, cl
     assert again.id == after.id
 
 
-def test_a_work_is_waited_for_by_tenants_of_whom_none_is_held(queue: Queue, clock: Clock) -> None:
-    submit(queue, "acme", seconds=1_000)
+def test_one_makes_way_for_each_tenant_that_waits_and_of_whom_none_is_held(queue: Queue, clock: Clock) -> None:
+    first, second = submit(queue, "acme", seconds=1_000), submit(queue, "acme", seconds=1_000)
     assert claim(queue) is not None
-    assert not queue.is_waited_for(MODELS)
+    assert claim(queue) is not None
     submit(queue, "acme", seconds=1_000)
-    assert not queue.is_waited_for(MODELS)
     submit(queue, "zeta", seconds=1_000)
-    assert queue.is_waited_for(MODELS)
-    assert not queue.is_waited_for(["other"])
-    assert claim(queue, idle_only=True) is not None
-    assert not queue.is_waited_for(MODELS)
+    assert not queue.makes_way(first.id, MODELS)  # A free place may take it yet.
+    clock.now += WAITED_SECONDS
+    assert [queue.makes_way(work.id, MODELS) for work in (first, second)] == [True, False]
+    assert not queue.makes_way(first.id, ["other"])
+    submit(queue, "third", seconds=1_000)
+    clock.now += WAITED_SECONDS
+    assert [queue.makes_way(work.id, MODELS) for work in (first, second)] == [True, True]
+    for _ in range(2):
+        assert claim(queue, idle_only=True) is not None
+    assert not queue.makes_way(first.id, MODELS)
+
+
+def test_whoever_made_way_waits_behind_all_others_and_is_waited_for_too(queue: Queue, clock: Clock) -> None:
+    """Three tenants' endless works in one place: each has its turn, one after the other."""
+    for tenant in ("acme", "zeta", "third"):
+        submit(queue, tenant, "job", seconds=10_000)
+        clock.now += 1
+    turns = []
+    for _ in range(7):
+        work = claim(queue)
+        assert work is not None
+        turns.append(work.tenant)
+        clock.now += WAITED_SECONDS
+        assert queue.makes_way(work.id, MODELS)
+        queue.release(work.id, "here", 0, is_last=True)
+    assert turns == ["acme", "zeta", "third"] * 2 + ["acme"]
+
+
+def test_nothing_is_taken_from_a_tenant_that_was_revoked(queue: Queue, clock: Clock, url: str) -> None:
+    """By a gateway that has not heard of it yet."""
+    store = TenantStore(database_address(url), clock=clock)
+    store.create_tenant("acme")
+    submit(queue, "acme")
+    store.revoke_tenant("acme")
+    store.close()
+    with pytest.raises(ForbiddenError, match="revoked"):
+        submit(queue, "acme")
 
 
 def test_a_revoked_tenants_works_are_cancelled(queue: Queue, clock: Clock, url: str) -> None:

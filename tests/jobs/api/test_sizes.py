@@ -89,6 +89,18 @@ def test_pages_that_are_none_are_told(tmp_path: Path) -> None:
         check_sizes(JobSpec(input=str(path), output="out"))
 
 
+def test_a_header_is_read_by_the_type_of_its_page(tmp_path: Path) -> None:
+    """As Arrow reads it: what tells of a page of another type may say anything."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prefix": ["some text"]}), path, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    assert data[4:6] == b"\x15\x00"  # The header's first field, the type: a data page.
+    data[5] = 2 * 3  # Of the second version, whose own struct is not there.
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="column prefix is damaged"):
+        check_sizes(JobSpec(input=str(path), output="out"))
+
+
 @pytest.mark.parametrize("encoding", ["dictionary", "delta"])
 def test_rows_that_all_have_one_long_text_are_read_a_few_at_once(tmp_path: Path, encoding: str) -> None:
     path, delta = tmp_path / "a.parquet", {"use_dictionary": False, "column_encoding": {"prefix": "DELTA_BYTE_ARRAY"}}

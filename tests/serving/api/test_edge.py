@@ -136,7 +136,7 @@ def answered_unread(gateway: Gateway, asked: dict[str, Any]) -> tuple[int, dict[
 
 
 def test_nothing_of_a_body_is_read_from_whoever_has_no_key() -> None:
-    gateway = Gateway()
+    gateway, asked_for_keys = Gateway(), []
     description = gateway.client.get("/openapi.json").json()
     for path, operations in description["paths"].items():
         for method, operation in operations.items():
@@ -146,6 +146,8 @@ def test_nothing_of_a_body_is_read_from_whoever_has_no_key() -> None:
                 assert (status, headers[b"connection"]) == (401, b"close"), path
                 assert headers[b"www-authenticate"] == b"Bearer"
                 assert "no key was sent." in json.dumps(told)
+                asked_for_keys.append(path)
+    assert {COMPLETE, "/infill", "/api/generate", "/v1/fim/completions"} <= set(asked_for_keys)
     assert gateway.keys == []
 
 

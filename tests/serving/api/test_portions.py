@@ -17,7 +17,7 @@ from serving.tenants.admission import Admission
 from serving.tenants.caller import Caller, Limits
 from serving.tenants.limits import Standing
 from serving.tenants.tickets import Capacity, Demand, Place, Ticket, Used
-from tests.serving.api.house import ACME, Desk, House, answered, streamed
+from tests.serving.api.house import ACME, Desk, House, streamed
 
 SAMPLED = Decoding(temperature=0.8)
 ASKS = (
@@ -93,7 +93,6 @@ def test_what_fits_a_share_is_asked_for_at_once() -> None:
     assert len(asyncio.run(run()).batches) == 1
     (demand,) = house_desk.demands
     assert (demand.runs, demand.claims) == (True, True)
-    assert answered(*ASKS).usage.completion_tokens > 0
 
 
 class Door(Desk):
