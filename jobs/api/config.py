@@ -10,6 +10,9 @@ from serving.app import AppConfig
 from serving.config import Frozen
 
 DAY = 86_400.0
+LEAST_TURN = 10.0
+"""A shorter turn would be over before its process has begun to answer."""
+
 LOCAL_SCHEMES = ("file", "local", "memory", "http", "https", "ftp")
 """Addresses that lead to the server's own disk or network, whatever an operator wrote."""
 
@@ -35,7 +38,7 @@ class RoutesConfig(Frozen):
     app: AppConfig | None = None
     folder: str | None = None
     at_once: int = Field(3, ge=0, le=64)
-    turn_seconds: float = Field(600.0, gt=0)
+    turn_seconds: float = Field(600.0, ge=LEAST_TURN)
     upload_bytes: int = Field(512 << 20, ge=1)
     batch_bytes: int = Field(200 << 20, ge=1)
     batch_lines: int = Field(50_000, ge=1)

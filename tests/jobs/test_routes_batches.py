@@ -347,17 +347,17 @@ def test_tenants_take_turns_and_nobody_runs_two_at_once(instant: RoutesConfig) -
 @pytest.mark.usefixtures("cluster")
 def test_a_long_batch_makes_way_for_a_tenant_who_waits_and_goes_on_where_it_was() -> None:
     """Even where one runs at a time."""
-    with routed(SLOW.model_copy(update={"at_once": 1, "turn_seconds": 3.0})) as client:
-        long = create_batch(client, *many())
+    with routed(SLOW.model_copy(update={"at_once": 1, "turn_seconds": 12.0})) as client:
+        long = create_batch(client, *many(2 * COUNT))
         until(segments)
         short = create_batch(client, ask("a"), tenant="zeta")
         told = ended_of(client, f"/v1/batches/{short['id']}", "zeta")
         assert told["status"] == "completed"
         whole = ended_of(client, f"/v1/batches/{long['id']}", "acme")
         output = lines_of(client, whole["output_file_id"])
-    assert (whole["status"], whole["request_counts"]["completed"]) == ("completed", COUNT)
+    assert (whole["status"], whole["request_counts"]["completed"]) == ("completed", 2 * COUNT)
     assert whole["in_progress_at"] < told["in_progress_at"] < told["completed_at"] < whole["completed_at"]
-    assert [line["custom_id"] for line in output] == [f"line {number}" for number in range(COUNT)]
+    assert [line["custom_id"] for line in output] == [f"line {number}" for number in range(2 * COUNT)]
 
 
 def ended_of(client: TestClient, path: str, tenant: str) -> dict[str, Any]:
