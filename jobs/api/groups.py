@@ -23,15 +23,13 @@ PASSED = ("line", "prompt")
 def options_of(ask: Ask) -> Options:
     """How an ask is decoded, spelled as all who mean it would spell it."""
     decoding = ask.decoding
-    drawn = {} if decoding.temperature == 0 else {name: getattr(decoding, name) for name in SAMPLED}
+    heeded = PENALTIES if decoding.temperature == 0 else ("top_p", *SAMPLED, *PENALTIES)
     return Options(
         max_tokens=ask.max_tokens,
         temperature=decoding.temperature,
-        top_p=1.0 if decoding.temperature == 0 else decoding.top_p,
         n=ask.n,
         stop=tuple(sorted(set(ask.stop))),
-        **drawn,
-        **{name: getattr(decoding, name) for name in PENALTIES},
+        **{name: getattr(decoding, name) for name in heeded},
     )
 
 

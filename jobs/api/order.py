@@ -64,9 +64,9 @@ class Options(Frozen):
 
     max_tokens: int
     temperature: float
-    top_p: float
     n: int
     stop: tuple[str, ...]
+    top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     presence_penalty: float = 0.0

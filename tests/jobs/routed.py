@@ -23,6 +23,7 @@ from jobs.api.config import RoutesConfig
 from jobs.routes import make_routes
 from serving.api.gateway import Context, GatewayConfig
 from serving.api.replies import install
+from serving.app import AppConfig
 from serving.tenants.caller import Caller
 from serving.tenants.metering import open_meter
 from serving.tenants.store import open_store
@@ -32,6 +33,9 @@ ROOT = Path(__file__).parents[2]
 GATEWAY = GatewayConfig(app="none", model="demo", tokenizer="demo-codegen25", format="codegen25", replicas=1)
 IDLE = RoutesConfig(at_once=0)
 """Takes works and runs none."""
+
+SLOW = RoutesConfig(app=AppConfig(model="demo-codegen25", engine="simulated", engine_args={"max_num_seqs": 8}))
+"""Some twenty seconds for 1,500 lines or rows."""
 
 ENDED = ("completed", "failed", "cancelled", "expired")
 

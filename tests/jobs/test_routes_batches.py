@@ -17,6 +17,7 @@ from serving.tenants.store import open_store
 from serving.tenants.tables import WorkRow
 from serving.tenants.usage import UsageFilter
 from tests.jobs.routed import (
+    SLOW,
     as_tenant,
     ask,
     create_batch,
@@ -35,8 +36,6 @@ from tests.runs import answered, counting
 pytestmark = pytest.mark.usefixtures("home")
 
 COUNT = 1_500
-SLOW = RoutesConfig(app=AppConfig(model="demo-codegen25", engine="simulated", engine_args={"max_num_seqs": 8}))
-"""Some twenty seconds for ``COUNT`` lines."""
 
 
 @pytest.fixture

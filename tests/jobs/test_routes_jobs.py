@@ -22,6 +22,7 @@ from serving.tenants.caller import Caller
 from serving.tenants.store import open_store
 from serving.tenants.usage import UsageRecord
 from tests.jobs.routed import (
+    SLOW,
     as_tenant,
     ask,
     create_batch,
@@ -37,7 +38,6 @@ from tests.jobs.routed import (
 pytestmark = pytest.mark.usefixtures("home")
 
 ALLOWED = "s3://allowed/data/"
-SLOW = RoutesConfig(app=AppConfig(model="demo-codegen25", engine="simulated", engine_args={"max_num_seqs": 8}))
 
 
 @pytest.fixture

@@ -120,23 +120,25 @@ def test_whoever_wants_no_more_ends_the_call() -> None:
     assert asyncio.run(run()) == 1
 
 
+async def cancelled(replicas: Replicas) -> None:
+    """Be cancelled while waiting for what comes."""
+
+    async def wait() -> None:
+        async for _ in answers(replicas, BATCH):
+            pass
+
+    task = asyncio.ensure_future(wait())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 def test_whoever_is_cancelled_ends_the_call_and_makes_no_other() -> None:
-    async def run() -> tuple[int, int]:
-        response = Response(None)
-        replicas = Replicas(response, Response("a"))
-
-        async def wait() -> None:
-            async for _ in answers(replicas, BATCH):
-                pass
-
-        task = asyncio.ensure_future(wait())
-        await asyncio.sleep(0.01)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        return response.cancelled, replicas.called
-
-    assert asyncio.run(run()) == (1, 1)
+    response = Response(None)
+    replicas = Replicas(response, Response("a"))
+    asyncio.run(cancelled(replicas))
+    assert (response.cancelled, replicas.called) == (1, 1)
 
 
 def test_a_call_that_serve_cancels_for_its_caller_is_a_cancellation() -> None:
@@ -147,18 +149,6 @@ def test_a_call_that_serve_cancels_for_its_caller_is_a_cancellation() -> None:
 
 
 def test_a_caller_who_is_cancelled_behind_his_call_makes_no_other() -> None:
-    async def run() -> int:
-        replicas = Replicas(Response("a", asyncio.CancelledError()), Response("b"))
-
-        async def wait() -> None:
-            async for _ in answers(replicas, BATCH):
-                pass
-
-        task = asyncio.ensure_future(wait())
-        await asyncio.sleep(0.01)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        return replicas.called
-
-    assert asyncio.run(run()) == 1
+    replicas = Replicas(Response("a", asyncio.CancelledError()), Response("b"))
+    asyncio.run(cancelled(replicas))
+    assert replicas.called == 1
