@@ -24,8 +24,13 @@ install:
 demo: install
 	$(BIN)/spanfill demo
 
+# First what shares no engine, on all cores; then what starts engines, which want the cores for themselves. 5: no such
+# test among those that ARGS names.
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -m "not engine" -n logical --maxprocesses 8 $(ARGS); fast=$$?; \
+	$(BIN)/python -m pytest -m engine $(ARGS); slow=$$?; \
+	if [ $$fast -eq 5 ] && [ $$slow -eq 5 ]; then exit 5; fi; \
+	for code in $$fast $$slow; do if [ $$code -ne 0 ] && [ $$code -ne 5 ]; then exit $$code; fi; done
 
 lint: install
 	$(BIN)/ruff check

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -28,13 +28,14 @@ JOINED_BY = re.compile(r"(RAY_\w+)=(\S+)")
 
 @dataclass(frozen=True)
 class Server:
-    """Where it listens, where its state, its log and its Ray's files are, and its process."""
+    """Where it listens, where its state, its log and its Ray's files are, its process; ``health`` while it started."""
 
     url: str
     home: Path
     log: Path
     ray: Path
     process: "subprocess.Popen[bytes]"
+    health: list[int] = field(default_factory=list)
 
     @property
     def told(self) -> str:
@@ -146,7 +147,9 @@ def _wait(server: Server) -> None:
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise RuntimeError(f"the server ended with {server.process.returncode}: {server.told[-2_000:]}")
-        if is_healthy(server.url) and JOINED_BY.search(server.told):
+        with suppress(httpx.TransportError):
+            server.health.append(httpx.get(f"{server.url}/health", timeout=30).status_code)
+        if server.health[-1:] == [200] and JOINED_BY.search(server.told):
             return
-        time.sleep(0.25)
+        time.sleep(0.1)
     raise TimeoutError(f"the server is not healthy after {START_SECONDS:g} s: {server.told[-2_000:]}")

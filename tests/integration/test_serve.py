@@ -32,6 +32,12 @@ SLOW = ("--engine", "simulated", "--engine-arg", "max_num_seqs=8")
 
 ENDED = ("completed", "failed", "cancelled", "expired")
 WORKER = "jobs.api.worker"
+LONG = {"prompt": "x = ", "max_tokens": 900, "ignore_eos": True, "n": 4, "temperature": 1.0}
+"""4 ms a token."""
+
+LOOK_SECONDS = 2.0
+"""How often the gateway reads the engines."""
+
 PENALTY = {"repetition_penalty": 1.5}
 
 
@@ -126,9 +132,11 @@ def segments(server: Server) -> list[Path]:
 
 
 def kill(server: Server, title: str) -> None:
-    """SIGKILL the one process that is called so."""
-    (process,) = server.called(title)
-    process.kill()
+    """SIGKILL the processes that are called so: the one gateway, or the workers of all works."""
+    processes = server.called(title)
+    assert processes
+    for process in processes:
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -207,36 +215,50 @@ def test_a_job_runs_beside_those_who_are_served_and_others_batches(acme: Tenant,
     assert acme.http.get(f"{acme.server.url}/v1/jobs").json()["data"][0]["id"] == job["id"]
 
 
-@pytest.mark.parametrize("title", [GATEWAY, WORKER], ids=["the gateway", "the worker"])
-def test_a_batch_outlives_a_kill(acme: Tenant, title: str) -> None:
-    batch = acme.batch(COUNT)
-    until(lambda: segments(acme.server), acme.server)
+def reading(server: Server, name: str) -> float:
+    """One of the engines' figures, read after now."""
+    time.sleep(2 * LOOK_SECONDS + 0.5)
+    return server.reading(name)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_whoever_goes_away_frees_the_engine_within_a_second(acme: Tenant, streams: bool) -> None:
+    """Of a simulated engine; the same of a real one is in ``api/test_tenants.py``."""
+    whole = time.monotonic()
+    acme.http.post("/v1/completions", json=LONG, timeout=120).raise_for_status()
+    whole = time.monotonic() - whole
+    before, began = reading(acme.server, "busy_seconds"), time.monotonic()
+    if streams:
+        with acme.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
+            next(answer.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            acme.http.post("/v1/completions", json=LONG, timeout=whole / 8)
+    stayed = time.monotonic() - began
+    worked = reading(acme.server, "busy_seconds") - before
+    assert worked < stayed + 1.0
+    assert reading(acme.server, "running") == 0
+    assert stayed < whole / 2
+
+
+@pytest.mark.parametrize("title", [GATEWAY, WORKER], ids=["the gateway", "the workers"])
+def test_batches_and_jobs_outlive_a_kill(acme: Tenant, zeta: Tenant, title: str) -> None:
+    batch, job = acme.batch(COUNT // 2), zeta.job(COUNT // 2, rows_per_part=500)
+    until(lambda: len({path.parents[6] for path in segments(acme.server)}) == 2, acme.server)
     kill(acme.server, title)
     told = acme.ended(f"/v1/batches/{batch.id}")
     assert (told["status"], told["error_file_id"]) == ("completed", None), told
     output = acme.lines(told["output_file_id"])
-    assert [line["custom_id"] for line in output] == [f"line {number}" for number in range(COUNT)]
+    assert [line["custom_id"] for line in output] == [f"line {number}" for number in range(COUNT // 2)]
     made = sum(line["response"]["body"]["usage"]["completion_tokens"] for line in output)
     (used,) = acme.http.get("/v1/usage", params={"job": batch.id, "by": "job"}).json()["data"]
-    assert (used["requests"], used["completion_tokens"]) == (COUNT, made)
+    assert (used["requests"], used["completion_tokens"]) == (COUNT // 2, made)
+    told = zeta.ended(f"/v1/jobs/{job['id']}")
+    assert (told["status"], told["progress"]["rows"], told["error"]) == ("completed", COUNT // 2, None), told
+    assert zeta.column(job["id"], "number") == list(range(COUNT // 2))
 
 
-@pytest.mark.parametrize("title", [GATEWAY, WORKER], ids=["the gateway", "the worker"])
-def test_a_job_outlives_a_kill(acme: Tenant, title: str) -> None:
-    job = acme.job(COUNT, rows_per_part=1_000)
-    until(lambda: segments(acme.server), acme.server)
-    kill(acme.server, title)
-    told = acme.ended(f"/v1/jobs/{job['id']}")
-    assert (told["status"], told["progress"]["rows"], told["error"]) == ("completed", COUNT, None), told
-    assert acme.column(job["id"], "number") == list(range(COUNT))
-
-
-def test_an_interrupt_ends_it_with_all_that_it_started(tmp_path: Path) -> None:
-    with running_server(tmp_path, *SLOW) as server:
-        end(server, signal.SIGINT, 130)
-
-
-def test_a_notice_ends_it_in_the_middle_of_a_batch_which_the_next_server_goes_on_with(tmp_path: Path) -> None:
+def test_a_signal_ends_it_in_the_middle_of_a_batch_which_the_next_server_goes_on_with(tmp_path: Path) -> None:
     with running_server(tmp_path, *SLOW) as server:
         tenant = Tenant(server, "acme")
         batch = tenant.batch(COUNT)
@@ -251,6 +273,7 @@ def test_a_notice_ends_it_in_the_middle_of_a_batch_which_the_next_server_goes_on
         assert [line["custom_id"] for line in tenant.lines(told["output_file_id"])] == [
             f"line {number}" for number in range(COUNT)
         ]
+        end(server, signal.SIGINT, 130)
 
 
 def end(server: Server, number: signal.Signals, code: int) -> None:
@@ -275,25 +298,11 @@ def running_process(command: list[str], folder: Path) -> Iterator["subprocess.Po
         process.wait(120)
 
 
-def test_it_is_not_healthy_while_it_loads(tmp_path: Path) -> None:
+def test_a_real_engine_is_healthy_once_it_is_loaded_and_gives_batches_jobs_and_people_the_same(tmp_path: Path) -> None:
     """Who asks meanwhile is told so, but for the moment in which Serve listens and knows no application yet."""
-    port, seen = free_port(), list[int]()
-    command = [sys.executable, "-m", "jobs.cli", "serve", "--port", str(port), "--model", "demo-codegen25"]
-    with running_process(command, tmp_path) as process:
-        deadline = time.monotonic() + 240
-        while 200 not in seen:
-            assert process.poll() is None
-            assert time.monotonic() < deadline, seen
-            with suppress(httpx.TransportError):
-                seen.append(httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).status_code)
-            time.sleep(0.1)
-    assert {status for status in seen if status != 404} == {503, 200}
-    assert seen.count(404) < 10
-    assert process.returncode == 143
-
-
-def test_batches_jobs_and_people_have_the_same_of_a_real_engine(tmp_path: Path) -> None:
     with running_server(tmp_path, "--model", "demo-codegen25") as server:
+        assert set(server.health) - {404} == {503, 200}
+        assert server.health.count(404) < 10
         tenant = Tenant(server, "acme")
         batch, job = tenant.batch(4, **PENALTY), tenant.job(4, **PENALTY)
         plain, texts = ([tenant.text(body(number) | more) for number in range(4)] for more in ({}, PENALTY))
@@ -305,6 +314,7 @@ def test_batches_jobs_and_people_have_the_same_of_a_real_engine(tmp_path: Path) 
         assert any(texts)
         assert tenant.ended(f"/v1/jobs/{job['id']}")["status"] == "completed"
         assert tenant.column(job["id"], "infill") == texts
+        end(server, signal.SIGTERM, 143)
 
 
 def test_serve_run_starts_what_the_file_says(tmp_path: Path) -> None:
