@@ -55,11 +55,14 @@ class VllmEngine:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _core_binding(bound, config.tensor_parallel_size)
         from vllm import AsyncEngineArgs
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         on_cpu = current_platform.is_cpu()
+        # Without a context vLLM's batch is the smallest that it knows, whatever the GPU could hold.
+        context = UsageContext.LLM_CLASS if beside is None else UsageContext.OPENAI_API_SERVER
         try:
-            vllm_config = AsyncEngineArgs(**vllm_arguments(config, on_cpu=on_cpu)).create_engine_config()
+            vllm_config = AsyncEngineArgs(**vllm_arguments(config, on_cpu=on_cpu)).create_engine_config(context)
         except (ValueError, TypeError) as error:
             raise ConfigError(
                 f"vLLM refuses its configuration: {error}", remedy="Change the engine arguments."

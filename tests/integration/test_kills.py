@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -60,16 +61,16 @@ def progressed(output: Path) -> Callable[[], bool]:
     return lambda: bool((set(output.glob("data/*")) | set(journaled(output))) - before)
 
 
-@pytest.mark.parametrize("kind", ["replica", "feeder", "controller"])
-def test_a_killed_process_is_replaced_and_the_output_is_the_same(
-    kind: str, options: list[object], undisturbed: dict[str, bytes], tmp_path: Path
+@pytest.mark.parametrize("kinds", [("replica", "feeder", "controller"), ("feeder", "replica", "replica")])
+def test_killed_processes_are_replaced_and_the_output_is_the_same(
+    kinds: tuple[str, ...], options: list[object], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    draw = random.Random(kind)
+    draw = random.Random(str(kinds))
     with running(tmp_path / "log", *options, "--replicas", 2, "--feeders", 2) as run:
         run.until(progressed(tmp_path / "out"))
-        for _ in range(2):
+        for kind in kinds:
             time.sleep(draw.uniform(0, 2))
-            run.until(lambda: run.kill(kind, draw))
+            run.until(partial(run.kill, kind, draw))
         manifest = run.manifest()
     assert (manifest["rows"], manifest["errors"]) == (COUNT, 0)
     assert contents(tmp_path / "out") == undisturbed
