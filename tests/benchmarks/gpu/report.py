@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -11,8 +12,13 @@ from serving.roofline import bound_rows_per_second
 from serving.shapes import ModelShape
 
 COLUMNS = (
-    *("rows/s", "x vllm", "output tokens/s", "start-up s", "busy s", "prompt tokens", "output tokens"),
-    *("cached", "ideal", "running of most", "share", "roofline rows/s", "of it", "of it uncached"),
+    *("rows/s", "x vllm", "tokens/s", "start-up s", "prompt", "output", "cached", "ideal"),
+    *("running", "share", "roofline", "reached", "uncached"),
+)
+NOTES = (
+    "tokens/s: output; prompt, output: mean tokens of a row; cached, ideal: shares of the prompt tokens",
+    "running: sequences at once of the most that fit unshared; roofline: rows/s; uncached: as if no cache held a token",
+    "the first start fills vLLM's cache of compiled kernels for the others",
 )
 BASELINE = "vllm"
 
@@ -64,9 +70,11 @@ def running_of(engines: dict[str, Any]) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> Table:
     """The report for people."""
-    found = Table(title=_title(report))
-    for name in ("rows", "contestant", *COLUMNS):
-        found.add_column(name, justify="left" if name in ("rows", "contestant") else "right")
+    found = Table(title=_title(report), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("rows", "contestant"):
+        found.add_column(name, no_wrap=True)
+    for name in COLUMNS:
+        found.add_column(name, justify="right")
     for name, lines in report["inputs"].items():
         base = lines.get(BASELINE, {}).get("rows_per_second")
         for contestant, line in lines.items():
@@ -94,12 +102,11 @@ def _cells(line: dict[str, Any], base: float | None) -> list[str]:
         f"{line['rows_per_second'] / base:.2f}" if base else "",
         f"{line['output_tokens_per_second']:,.0f}",
         f"{line['startup_seconds']:.1f}",
-        f"{line['busy_seconds']:.1f}",
         f"{line['mean_prompt_tokens']:,.0f}",
         f"{line['mean_output_tokens']:.1f}",
         "not told" if cached is None else f"{cached:.3f}",
         f"{line['ideal_share']:.3f}",
-        f"{running['mean']:.1f} of {running['most']:,}" if running else "not told",
+        f"{running['mean']:.0f} of {running['most']:,}" if running else "not told",
         f"{running['share']:.3f}" if running else "",
         f"{roofline['rows_per_second']:,.2f}",
         f"{roofline['share']:.4f}",
@@ -119,4 +126,4 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
         yield "the roofline is that of bfloat16, although the weights are quantized"
     if report["setting"]["engine_args"].get("speculative_config"):
         yield "the roofline is that of a token a step, although tokens are speculated on"
-    yield "share: of the most sequences that fit unshared; the first start fills vLLM's cache of compiled kernels"
+    yield from NOTES
