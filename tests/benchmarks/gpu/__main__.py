@@ -18,9 +18,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jobs.options import pairs_of, scalars_of
 from serving.engine_args import check_engine_args, is_gpu_build
@@ -56,15 +56,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # The contestant at work must end with this process.
     with tempfile.TemporaryDirectory(prefix="spanfill-gpu-") as temporary:
         folder = Path(temporary)
-        settings = {
-            name: _setting(write_rows(rows, folder / f"{name}.parquet"), folder / "model", sizes, engine_args)
-            for name in options.inputs
-            for rows in [make_rows(name, options.rows or sizes.rows, seed=options.seed)]
-        }
-        write_model(folder / "model", sizes)
-        report = _about(options, sizes, next(iter(settings.values())), _hardware(folder))
-        for name, setting in settings.items():
-            _play(report, name, setting, sizes, folder, options)
+        setting = _setting(write_model(folder / "model", sizes), sizes, engine_args)
+        report = _about(options, sizes, setting, _hardware(folder))
+        for name in options.inputs:
+            rows = make_rows(name, options.rows or sizes.rows, seed=options.seed)
+            path = write_rows(rows, folder / f"{name}.parquet")
+            _play(report, name, replace(setting, rows=str(path)), sizes, folder, options)
     console().print(table(report))
     return 1 if any(line.get("failure") for lines in report["inputs"].values() for line in lines.values()) else 0
 
@@ -96,10 +93,11 @@ def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tu
     return SMALL if options.small else FULL, engine_args
 
 
-def _setting(rows: Path, model: Path, sizes: Sizes, engine_args: dict[str, Any]) -> Setting:
-    device = "gpu" if is_gpu_build() else "cpu"
+def _setting(model: Path, sizes: Sizes, engine_args: dict[str, Any]) -> Setting:
+    """That of every input, whose rows are yet to come."""
+    device: Literal["cpu", "gpu"] = "gpu" if is_gpu_build() else "cpu"
     return Setting(
-        rows=str(rows),
+        rows="",
         model=str(model),
         context=sizes.prompt_tokens + sizes.output_tokens,
         max_tokens=sizes.output_tokens,

@@ -41,7 +41,7 @@ class Sizes:
 
 
 FULL = Sizes(4_096, 32, 32, 11_008, prompt_tokens=1_000, output_tokens=64, rows=1_000)
-SMALL = Sizes(64, 2, 2, 128, prompt_tokens=300, output_tokens=8, rows=24)
+SMALL = Sizes(64, 2, 2, 128, prompt_tokens=600, output_tokens=8, rows=24)
 
 
 def write_model(folder: Path, sizes: Sizes) -> Path:
