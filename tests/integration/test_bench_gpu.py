@@ -34,6 +34,7 @@ def test_the_small_run_measures_both_contestants(tmp_path: Path) -> None:
         assert line["mean_output_tokens"] == report["setting"]["max_tokens"]
         assert line["rows"] == 24
         assert 0 < line["running"]["mean"] <= line["rows"]
-        assert 0 < line["roofline"]["share"] <= line["roofline"]["uncached_share"] < 1
+        assert 0 < line["roofline"]["share"] <= line["roofline"]["uncached_share"]
     assert lines["spanfill"]["cached_share"] > 0
     assert lines["vllm"]["extra"]["engines"]["busy_share"] <= 1
+    assert report["setting"]["engine_arguments"]["load_format"] == "dummy"

@@ -2,13 +2,14 @@
 
     spanfill bench gpu --json gpu.json
     spanfill bench gpu --engine-arg kv_cache_dtype=fp8 --engine-arg quantization=fp8 --json fp8.json
-    spanfill bench gpu --small          # a tiny model on a CPU: whether all of it works, no figures
+    spanfill bench gpu --small          # a tiny model on a CPU: whether all of it works
 
 Prompts of about 1,000 tokens, 64 output tokens each whatever the weights say; shuffled rows of 100 spans a file, and of
 one span a file. Bare ``LLM.generate`` takes them in the order given, spanfill from Parquet to Parquet. Each is a
 process of its own, as is the measurement of memory bandwidth and FLOP/s, of which the roofline is made
-(``serving.roofline``). Random weights are right for speed and memory; the text means nothing. The ``--json`` file is
-written after every contestant. Nothing else may run on the machine.
+(``serving.roofline``). Random weights are right for speed and memory; the text means nothing. The tiny model is nearly
+all embeddings, which the roofline takes for matrices to multiply with at every token: its shares say nothing. The
+``--json`` file is written after every contestant. Nothing else may run on the machine.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=positive, help=f"of each input at most [default: {FULL.rows:,}; small: {SMALL.rows}]")
     add("--inputs", nargs="+", choices=list(INPUTS), default=["spans100", "unshared"])
     add("--contestants", nargs="+", choices=CONTESTANTS, default=["vllm", "spanfill"])
-    add("--engine-arg", action="append", metavar="KEY=VALUE", help="of vLLM, for all alike; repeatable")
+    add("--engine-arg", action="append", metavar="KEY=VALUE", help="of vLLM, for all alike; repeatable; logits_processors=null lets stop tokens end rows")
     add("--seed", type=int, default=0, help="which files, spans and order of the rows")
     add("--timeout", type=float, default=3_600.0, help="seconds of one contestant")
     add("--json", type=Path, help="the report with the hardware's and every contestant's figures")

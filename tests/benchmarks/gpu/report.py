@@ -90,7 +90,7 @@ def _title(report: dict[str, Any]) -> str:
     return (
         f"{hardware['name']}: {hardware['bytes_per_second'] / 1e9:,.0f} GB/s and "
         f"{hardware['flops_per_second'] / 1e12:,.1f} TFLOP/s in bfloat16 measured; "
-        f"{report['model']['parameters'] / 1e9:,.2f} billion random weights"
+        f"{report['model']['parameters'] / 1e6:,.0f} million random weights"
     )
 
 
