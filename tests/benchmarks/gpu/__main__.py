@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=positive, help=f"of each input at most [default: {FULL.rows:,}; small: {SMALL.rows}]")
     add("--inputs", nargs="+", choices=list(INPUTS), default=["spans100", "unshared"])
     add("--contestants", nargs="+", choices=CONTESTANTS, default=["vllm", "spanfill"])
-    add("--engine-arg", action="append", metavar="KEY=VALUE", help="of vLLM, for all alike; repeatable; logits_processors=null lets stop tokens end rows")
+    alike = "of vLLM, for all alike; repeatable; logits_processors=null lets stop tokens end rows"
+    add("--engine-arg", action="append", metavar="KEY=VALUE", help=alike)
     add("--seed", type=int, default=0, help="which files, spans and order of the rows")
     add("--timeout", type=float, default=3_600.0, help="seconds of one contestant")
     add("--json", type=Path, help="the report with the hardware's and every contestant's figures")
