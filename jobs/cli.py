@@ -520,6 +520,11 @@ _clone_benchmark(
     "What HTTP costs beside a call of a replica's handle, and 200 streams at once; from a clone only.",
     "spanfill bench gateway --streams 200 --seconds 60 --json gateway.json",
 )
+_clone_benchmark(
+    "gpu",
+    "CodeGen2.5-7B's full size with random weights on one GPU, beside bare vLLM and the roofline; from a clone only.",
+    "spanfill bench gpu --json gpu.json",
+)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def prepare_job(spec: JobSpec) -> Job:
     output = locate(spec.output, patience=spec.store_patience)
     if is_file(output):
         raise OutputError(f"the output {output} is a file.", remedy="Give --output a folder of its own.")
-    model = resolve_model(spec.model, format=spec.format, revision=spec.revision)
+    made_up = spec.engine_args.get("load_format") == "dummy"
+    model = resolve_model(spec.model, format=spec.format, revision=spec.revision, weights=not made_up)
     if spec.task == "score":
         check_logprobs_mode(spec.engine_args)
     if spec.engine == "vllm":

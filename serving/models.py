@@ -121,26 +121,32 @@ KNOWN_MODELS: dict[str, Model] = {
 }
 
 
-def resolve_model(model: str, *, format: str | None = None, revision: str | None = None) -> Model:  # noqa: A002
+def resolve_model(
+    model: str,
+    *,
+    format: str | None = None,  # noqa: A002
+    revision: str | None = None,
+    weights: bool = True,
+) -> Model:
     """The model of a known name, a folder with ``config.json`` and weights, or a hub id ``organisation/name``.
 
-    Nothing is fetched. ``format`` overrides what the model's configuration tells. Raises ``ModelError`` naming what is
-    missing and what to do.
+    Nothing is fetched. ``format`` overrides what the model's configuration tells; a folder needs no weights where
+    ``weights`` is False, for an engine that makes them up. Raises ``ModelError`` naming what is missing and what to do.
     """
-    found = _resolve(model)
+    found = _resolve(model, weights)
     changed: dict[str, Any] = {"revision": revision} if revision else {}
     if format or found.format:
         return replace(found, format=format or found.format, **changed)
     raise ModelError(f"{model}: its configuration does not tell its infill format.", remedy="Name it with --format.")
 
 
-def _resolve(model: str) -> Model:
+def _resolve(model: str, weights: bool) -> Model:
     if model in KNOWN_MODELS:
         known = KNOWN_MODELS[model]
         return known if known.hub_id else replace(known, path=_packaged(known.name))
     path = Path(model).expanduser()
     if path.is_dir():
-        return _folder(path.absolute())
+        return _folder(path.absolute(), weights)
     if model.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         close = difflib.get_close_matches(model, KNOWN_MODELS, n=2)
         hint = f"Did you mean {' or '.join(close)}?" if close else f"Known names: {', '.join(KNOWN_MODELS)}."
@@ -155,11 +161,11 @@ def _packaged(name: str) -> Path:
     return path
 
 
-def _folder(path: Path) -> Model:
+def _folder(path: Path, weights: bool) -> Model:
     config = path / "config.json"
     if not config.is_file():
         raise ModelError(f"{path} has no config.json.", remedy="Give the folder that holds the model.")
-    if not [*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.pt")]:
+    if weights and not [*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.pt")]:
         raise ModelError(f"{path} has no weights (*.safetensors or *.bin).", remedy="Complete the download.")
     try:
         values = json.loads(config.read_text(encoding="utf-8"))

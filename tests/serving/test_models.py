@@ -55,6 +55,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "empty"))
     with pytest.raises(ModelError, match="no weights"):
         resolve_model(folder(tmp_path / "bare", {}))
+    assert resolve_model(folder(tmp_path / "bare", {}), format="codegen25", weights=False).path == tmp_path / "bare"
     with pytest.raises(ModelError, match="--format"):
         resolve_model(folder(tmp_path / "x", {"model_type": "gpt2"}, "a.bin"))
     with pytest.raises(ModelError, match="no folder"):

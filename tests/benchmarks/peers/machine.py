@@ -14,7 +14,7 @@ from serving.engine_args import installed_version
 
 PACKAGES = ("torch", "ray", "transformers", "tiktoken", "pyarrow", "spanfill")
 ROOT = Path(__file__).parents[3]
-SOURCES = ("serving", "jobs", "tests/benchmarks/peers")
+SOURCES = ("serving", "jobs", "tests/benchmarks/peers", "tests/benchmarks/gpu")
 
 
 def machine() -> dict[str, Any]:

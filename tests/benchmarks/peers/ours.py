@@ -57,6 +57,6 @@ def _spec(setting: Setting, output: Path, align: int) -> JobSpec:
         max_model_len=setting.context,
         max_tokens=setting.max_tokens,
         prefix_align=align,
-        engine_args=dict(setting.kv_cache_argument),
+        engine_args=setting.job_engine_args,
         extra_columns=("token_ids",) if setting.keep_outputs else (),
     )

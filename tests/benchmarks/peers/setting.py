@@ -2,9 +2,9 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from serving.config import EngineConfig
 from serving.cores import available_cores
@@ -17,25 +17,31 @@ SPANFILL_ONLY = ("scheduling_policy", "distributed_executor_backend", "enable_lo
 
 @dataclass(frozen=True)
 class Setting:
-    """One table's settings; ``rows`` and ``model`` are paths, ``block_size`` is that of the KV cache."""
+    """One table's settings; ``rows`` and ``model`` are paths, ``block_size`` is that of the KV cache.
+
+    The KV cache is vLLM's own choice where ``kv_cache_gib`` is None. ``engine_args`` are more of vLLM's arguments.
+    """
 
     rows: str
     model: str
     context: int = 1_100
     max_tokens: int = 16
     dtype: str = "bfloat16"
-    kv_cache_gib: int = 1
+    kv_cache_gib: int | None = 1
     block_size: int = 128
     transformers_rows: int = 20
     align: int = DEFAULT_PREFIX_ALIGN
     """``prefix_align`` of the contestants that align."""
 
     keep_outputs: bool = False
+    device: Literal["cpu", "gpu"] = "cpu"
+    engine_args: dict[str, Any] = field(default_factory=dict)
 
     def environment(self) -> dict[str, str]:
         """This process's environment with the KV cache and the cores of every contestant."""
+        cache = {} if self.kv_cache_gib is None else {"VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gib)}
         return os.environ | {
-            "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gib),
+            **cache,
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, available_cores())),
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
@@ -43,16 +49,17 @@ class Setting:
         }
 
     @property
-    def kv_cache_argument(self) -> dict[str, int]:
-        """The KV cache as an engine argument, for spanfill's job."""
-        return {"kv_cache_memory_bytes": self.kv_cache_gib << 30}
+    def job_engine_args(self) -> dict[str, Any]:
+        """The engine arguments of spanfill's job, the KV cache among them."""
+        cache = {} if self.kv_cache_gib is None else {"kv_cache_memory_bytes": self.kv_cache_gib << 30}
+        return cache | self.engine_args
 
     def engine_arguments(self) -> dict[str, Any]:
-        """What spanfill's engine is given on a CPU, less what only spanfill needs, as vLLM's engine arguments."""
+        """What spanfill's engine is given, less what only spanfill needs, as vLLM's engine arguments."""
         config = EngineConfig(
-            model=self.model, dtype=self.dtype, max_model_len=self.context, engine_args=dict(self.kv_cache_argument)
+            model=self.model, dtype=self.dtype, max_model_len=self.context, engine_args=self.job_engine_args
         )
-        arguments = vllm_arguments(config, on_cpu=True)
+        arguments = vllm_arguments(config, on_cpu=self.device == "cpu")
         return {k: v for k, v in arguments.items() if k not in SPANFILL_ONLY and v is not None} | {"seed": 0}
 
     def dump(self, path: Path) -> None:
