@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import ray
@@ -35,6 +36,7 @@ QUIET_SECONDS = 30.0
 """A job whose rows have not grown for this long asks whether its engines run."""
 
 HOPELESS_SECONDS = 900.0
+UNSTARTED = "The machine may be too busy: run again. Ray's logs are in /tmp/ray, or where RAY_TMPDIR says."
 UNREACHED = "Check the address, or unset it; where Ray asks for a token, set RAY_AUTH_MODE=token."
 
 EMBEDDED = {
@@ -54,42 +56,62 @@ Nobody reads its metrics or task events, and there is no other node whose resour
 """
 
 
+_embedded: ContextVar[bool] = ContextVar("embedded", default=False)
+"""Whether the cluster that this process is in was started by ``connected``."""
+
+
 @contextmanager
 def connected() -> Iterator[bool]:
     """Be in a Ray cluster: the one that this process is in already, else ``RAY_ADDRESS``'s, else one started here.
 
-    Gives whether the cluster was started here, and so ends here. Raises ``ConfigError`` when none answers,
-    ``EngineError`` when none starts, ``TerminatedJobError`` on SIGTERM meanwhile.
+    Gives whether the cluster was started here, and so ends here; within such a block it is the block's. Raises
+    ``ConfigError`` when none answers, ``EngineError`` when none starts, ``TerminatedJobError`` on SIGTERM meanwhile.
     """
     if ray.is_initialized():
-        yield False
+        yield _embedded.get()
         return
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"include_dashboard": False, "object_store_memory": 512 << 20}
     try:
         _knock(address or "local")
-        with _own_signal_handlers(), _defaults({} if address else EMBEDDED):
-            ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **local)
+        _init(address)
     except OSError as error:
         raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}.", remedy=UNREACHED) from error
-    except SystemExit as error:
-        # Ray's own handler of SIGTERM is in place until ``ray.init`` has returned.
-        ray.shutdown()
-        if error.code != signal.SIGTERM:
-            raise
-        raise TerminatedJobError from None
-    except Exception as error:  # Ray raises no class of its own when a node's processes do not come up in time.
-        ray.shutdown()
-        raise EngineError(
-            f"Ray does not start: {' '.join(str(error).split())[:300]}.",
-            remedy="The machine may be too busy: run again. Ray's logs are in /tmp/ray, or where RAY_TMPDIR says.",
-        ) from error
+    token = _embedded.set(not address)
     try:
         yield not address
     finally:
+        _embedded.reset(token)
         ray.shutdown()
+
+
+def _init(address: str | None) -> None:
+    """Join or start a cluster; tried twice, since a process that had one before may fork Ray's daemons in vain.
+
+    Its threads hold locks that nobody gives back in the child.
+    """
+    local = {} if address else {"include_dashboard": False, "object_store_memory": 512 << 20}
+    for is_last in (False, True):
+        try:
+            with _own_signal_handlers(), _defaults({} if address else EMBEDDED):
+                ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **local)
+            return
+        except SystemExit as error:
+            # Ray's own handler of SIGTERM is in place until ``ray.init`` has returned.
+            ray.shutdown()
+            if error.code != signal.SIGTERM:
+                raise
+            raise TerminatedJobError from None
+        except OSError:
+            raise
+        except Exception as error:  # Ray raises no class of its own when a node's processes do not come up in time.
+            ray.shutdown()
+            if is_last:
+                raise EngineError(
+                    f"Ray does not start: {' '.join(str(error).split())[:300]}.",
+                    remedy=UNSTARTED,
+                ) from error
 
 
 def _knock(address: str) -> None:
