@@ -21,7 +21,6 @@ from jobs.spec import JobSpec
 from jobs.store import locate, publish_bytes
 from serving.engine_args import CPU_BATCHED_TOKENS, CPU_DEFAULTS, is_gpu_build
 from serving.errors import InputError
-from serving.fleet import connected
 
 RUNS_OF_ROWS = 8
 """The sample's rows stand next to each other in the input by so many runs, since neighbours share their prompts."""
@@ -57,12 +56,12 @@ def tune(
 ) -> Tuning:
     """Find engine arguments that infill a sample of ``spec.input`` faster; ``spec.engine_args`` are the baseline.
 
-    Begins no trial after ``minutes``; all run in one Ray. ``tell`` is called after each, ``watcher`` hears what runs
-    say. Raises what ``run_job`` raises when the baseline itself cannot run.
+    Begins no trial after ``minutes``. ``tell`` is called after each, ``watcher`` hears what the runs say. Raises what
+    ``run_job`` raises when the baseline itself cannot run.
     """
     job, gpu, deadline = prepare_job(spec), is_gpu_build(), clock() + 60 * minutes
     length = job.engine.max_model_len
-    with tempfile.TemporaryDirectory(prefix="spanfill-tune-") as folder, connected():
+    with tempfile.TemporaryDirectory(prefix="spanfill-tune-") as folder:
         sample = Path(folder, "rows.parquet")
         rows_to_try = sample_rows(job, rows)
         pq.write_table(rows_to_try, sample)

@@ -1,9 +1,6 @@
 """Settings tried on a sample: which make sense, on which rows, and on the simulated engine over the path of ``run``."""
 
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -91,13 +88,3 @@ def test_more_sequences_win_on_a_simulated_engine(tmp_path: Path) -> None:
     assert found.rows_per_second > 2 * found.baseline
     assert told == ["warm-up", "baseline", "baseline", "max_num_seqs=0", "max_num_seqs=16", "max_num_seqs=16"]
     assert "max_num_seqs" in found.trials[3].failure
-
-
-@pytest.mark.engine
-def test_what_runs_within_a_ray_that_was_started_here_knows_that_it_ends_here() -> None:
-    """In a process without one; and a second one may start in it after the first."""
-    nested = "with connected() as outer, connected() as inner: print(outer, inner, ray.is_initialized())\n"
-    script = f"import ray\nfrom serving.fleet import connected\n{nested}{nested}print(ray.is_initialized())"
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == 2 * ["True", "True", "True"] + ["False"], done.stderr
