@@ -26,7 +26,7 @@ from tests.server import GATEWAY, Server, free_port, is_healthy, running_server
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[2]
-COUNT = 1_500
+COUNT, LINES = 1_500, 1_000
 SLOW = ("--engine", "simulated", "--engine-arg", "max_num_seqs=8")
 """Some twenty seconds for ``COUNT`` lines."""
 
@@ -243,19 +243,19 @@ def test_whoever_goes_away_frees_the_engine_within_a_second(acme: Tenant, stream
 
 @pytest.mark.parametrize("title", [GATEWAY, WORKER], ids=["the gateway", "the workers"])
 def test_batches_and_jobs_outlive_a_kill(acme: Tenant, zeta: Tenant, title: str) -> None:
-    batch, job = acme.batch(COUNT // 2), zeta.job(COUNT // 2, rows_per_part=500)
+    batch, job = acme.batch(LINES), zeta.job(COUNT, rows_per_part=1_000)
     until(lambda: len({path.parents[6] for path in segments(acme.server)}) == 2, acme.server)
     kill(acme.server, title)
     told = acme.ended(f"/v1/batches/{batch.id}")
     assert (told["status"], told["error_file_id"]) == ("completed", None), told
     output = acme.lines(told["output_file_id"])
-    assert [line["custom_id"] for line in output] == [f"line {number}" for number in range(COUNT // 2)]
+    assert [line["custom_id"] for line in output] == [f"line {number}" for number in range(LINES)]
     made = sum(line["response"]["body"]["usage"]["completion_tokens"] for line in output)
     (used,) = acme.http.get("/v1/usage", params={"job": batch.id, "by": "job"}).json()["data"]
-    assert (used["requests"], used["completion_tokens"]) == (COUNT // 2, made)
+    assert (used["requests"], used["completion_tokens"]) == (LINES, made)
     told = zeta.ended(f"/v1/jobs/{job['id']}")
-    assert (told["status"], told["progress"]["rows"], told["error"]) == ("completed", COUNT // 2, None), told
-    assert zeta.column(job["id"], "number") == list(range(COUNT // 2))
+    assert (told["status"], told["progress"]["rows"], told["error"]) == ("completed", COUNT, None), told
+    assert zeta.column(job["id"], "number") == list(range(COUNT))
 
 
 def test_a_signal_ends_it_in_the_middle_of_a_batch_which_the_next_server_goes_on_with(tmp_path: Path) -> None:
