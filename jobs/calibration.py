@@ -149,6 +149,7 @@ def roofline_of(job: Observed, shape: ModelShape) -> RooflineConfig:
     """The roofline whose ratio a job is given: its own when it was simulated, else a CPU's or an H100's."""
     if job.manifest["engine"] == "simulated":
         return RooflineConfig.parse(job.engine_args, where=f"{job.name}: engine_args")
-    places = int(job.engine_args.get("max_num_seqs") or (CPU_DEFAULTS["max_num_seqs"] if job.on_cpu else 256))
+    asked = job.engine_args.get("max_num_seqs") or (CPU_DEFAULTS["max_num_seqs"] if job.on_cpu else None)
+    places = None if asked is None else int(asked)
     roofline = replica_roofline(CPU if job.on_cpu else SOME_GPU, shape, "bf16", max_num_seqs=places)
     return roofline.model_copy(update={"step_overhead_seconds": CPU_STEP_SECONDS}) if job.on_cpu else roofline

@@ -277,7 +277,9 @@ def plan(
     price: Annotated[list[str] | None, typer.Option(help="Dollars a GPU-hour, or NAME=PRICE; repeatable.")] = None,
     replicas: Annotated[int | None, typer.Option(help="Engines side by side (default: 1).")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences of one engine at once.", min=1)] = 256,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Sequences of one engine at once (default: vLLM's for the GPU).", min=1)
+    ] = None,
     fraction: Annotated[float, typer.Option(help="Of the bound; vLLM typically 0.4, 0.75 is excellent.")] = 0.6,
     calibrate: Annotated[
         list[str] | None, typer.Option(help="A finished job of this machine and model, to predict it; repeatable.")

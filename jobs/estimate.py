@@ -22,7 +22,6 @@ DEFAULT_FRACTION = 0.6
 """Of the bound that is expected: vLLM typically reaches 0.4 of it, 0.6 to 0.75 is excellent."""
 
 DEFAULT_SAMPLE = 2_000
-DEFAULT_SEQUENCES = 256
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Wish:
     precisions: Sequence[Precision] = PRECISIONS
     prices: Mapping[str, float] | None = None
     fraction: float = DEFAULT_FRACTION
-    max_num_seqs: int = DEFAULT_SEQUENCES
+    max_num_seqs: int | None = None
     sample: int = DEFAULT_SAMPLE
     output_tokens: float | None = None
     like: str | None = None

@@ -10,7 +10,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import psutil
 import ray
 from ray import serve
 from ray.exceptions import RayError
@@ -35,6 +38,7 @@ QUIET_SECONDS = 30.0
 """A job whose rows have not grown for this long asks whether its engines run."""
 
 HOPELESS_SECONDS = 900.0
+RAY_FOLDER = str(Path(ray.__file__).parent)
 UNSTARTED = "The machine may be too busy: run again. Ray's logs are in /tmp/ray, or where RAY_TMPDIR says."
 UNREACHED = "Check the address, or unset it; where Ray asks for a token, set RAY_AUTH_MODE=token."
 
@@ -68,41 +72,64 @@ def connected() -> Iterator[bool]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
-    try:
-        _knock(address or "local")
-        _init(address)
-    except OSError as error:
-        raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}.", remedy=UNREACHED) from error
+    if address:
+        try:
+            _knock(address)
+            _init(address)
+        except OSError as error:
+            raise ConfigError(f"RAY_ADDRESS = {address!r}: {error}.", remedy=UNREACHED) from error
+    else:
+        _start()
     try:
         yield not address
     finally:
         ray.shutdown()
 
 
-def _init(address: str | None) -> None:
-    """Join a cluster, or start one, twice if need be.
+def _start() -> None:
+    """Start a cluster of this machine, twice if need be.
 
     Of a process that had one before Ray's daemons do not always come up: 2 of 12 times in one run of ``spanfill tune``.
     """
-    local = {} if address else {"include_dashboard": False, "object_store_memory": 512 << 20}
-    for is_last in (True,) if address else (False, True):
+    before = _daemons()
+    with _defaults(EMBEDDED):
         try:
-            with _own_signal_handlers(), _defaults({} if address else EMBEDDED):
-                ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **local)
-            return
-        except SystemExit as error:
-            # Ray's own handler of SIGTERM is in place until ``ray.init`` has returned.
-            ray.shutdown()
-            if error.code != signal.SIGTERM:
-                raise
-            raise TerminatedJobError from None
-        except OSError:
+            _init("local", include_dashboard=False, object_store_memory=512 << 20)
+        except (EngineError, OSError):
+            for process in _daemons() - before:  # Ray forgets those of a start that fails.
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            _init("local", include_dashboard=False, object_store_memory=512 << 20)
+
+
+def _daemons() -> set[psutil.Process]:
+    """The processes below this one that run Ray's own programs."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any(argument.startswith(RAY_FOLDER) for argument in process.cmdline()):
+                found.add(process)
+    return found
+
+
+def _init(address: str, **options: Any) -> None:
+    """Be in the cluster; raises ``OSError``, ``EngineError``, ``TerminatedJobError`` on SIGTERM meanwhile."""
+    try:
+        with _own_signal_handlers():
+            ray.init(address=address, logging_level="ERROR", log_to_driver=False, **options)
+    except OSError:
+        ray.shutdown()
+        raise
+    except SystemExit as error:
+        # Ray's own handler of SIGTERM is in place until ``ray.init`` has returned.
+        ray.shutdown()
+        if error.code != signal.SIGTERM:
             raise
-        except Exception as error:  # Ray raises no class of its own when a node's processes do not come up in time.
-            ray.shutdown()
-            if is_last:
-                words = " ".join(str(error).split())[:300]
-                raise EngineError(f"Ray does not start: {words}.", remedy=UNSTARTED) from error
+        raise TerminatedJobError from None
+    except Exception as error:  # Ray raises no class of its own when a node's processes do not come up in time.
+        ray.shutdown()
+        words = " ".join(str(error).split())[:300]
+        raise EngineError(f"Ray does not start: {words}.", remedy=UNSTARTED) from error
 
 
 def _knock(address: str) -> None:

@@ -28,13 +28,15 @@ class Gpu:
     fp8_flops: float | None
     bytes_per_second: float
     memory_bytes: float
+    max_num_seqs: int = 256
+    """vLLM 0.32's default (``EngineArgs.get_batch_defaults``)."""
 
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H100", 989e12, 1979e12, 3.35e12, 80e9),
-        Gpu("H200", 989e12, 1979e12, 4.8e12, 141e9),
+        Gpu("H100", 989e12, 1979e12, 3.35e12, 80e9, 1_024),
+        Gpu("H200", 989e12, 1979e12, 4.8e12, 141e9, 1_024),
         Gpu("A100", 312e12, None, 2.039e12, 80e9),
         Gpu("L40S", 362e12, 733e12, 0.864e12, 48e9),
     )
@@ -67,7 +69,7 @@ def replica_roofline(
     *,
     tensor_parallel_size: int = 1,
     max_model_len: int = 1,
-    max_num_seqs: int = 256,
+    max_num_seqs: int | None = None,
 ) -> RooflineConfig:
     """The roofline of one replica of ``tensor_parallel_size`` GPUs, as if they worked as one (talk is free).
 
@@ -93,5 +95,5 @@ def replica_roofline(
         weight_bytes=weight_bytes,
         kv_bytes_per_token=kv_bytes,
         kv_cache_tokens=kv_tokens,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=max_num_seqs or gpu.max_num_seqs,
     )

@@ -113,7 +113,7 @@ def load_tokenizer(model: str, *, revision: str | None = None) -> Tokenizer:
         return codegen25()
     from serving.models import resolve_model
 
-    known = resolve_model(model, revision=revision)
+    known = resolve_model(model, revision=revision, weights=False)
     if known.format == CODEGEN25:
         return codegen25()
     return _hugging_face(str(known.path or known.hub_id), known.revision)

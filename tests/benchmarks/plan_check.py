@@ -3,7 +3,7 @@
     python -m tests.benchmarks.plan_check --rows 600
 
 Prints one JSON object: the runs' rates and, for each shape, the rate predicted from both other runs and from each
-alone, with the error. Runs of the demo model take half a minute each, most of it to start; with ``max_num_seqs`` of 16
+alone, with the error. Runs of the demo model take half a minute each and as long to start; with ``max_num_seqs`` of 16
 the batch stays full. A plan is told the output tokens that its run had: what is checked is the cost model, not a guess
 of lengths. Compare on a quiet machine alone.
 """

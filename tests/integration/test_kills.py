@@ -61,12 +61,17 @@ def progressed(output: Path) -> Callable[[], bool]:
     return lambda: bool((set(output.glob("data/*")) | set(journaled(output))) - before)
 
 
-@pytest.mark.parametrize("kinds", [("replica", "feeder", "controller"), ("feeder", "replica", "replica")])
+@pytest.mark.parametrize(
+    ("count", "kinds"),
+    [(2, ("controller", "replica", "feeder", "controller")), (1, ("feeder", "replica", "feeder", "replica"))],
+    ids=["of two", "the only ones"],
+)
 def test_killed_processes_are_replaced_and_the_output_is_the_same(
-    kinds: tuple[str, ...], options: list[object], undisturbed: dict[str, bytes], tmp_path: Path
+    count: int, kinds: tuple[str, ...], options: list[object], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
+    """Who is killed the second time took the place of the first one."""
     draw = random.Random(str(kinds))
-    with running(tmp_path / "log", *options, "--replicas", 2, "--feeders", 2) as run:
+    with running(tmp_path / "log", *options, "--replicas", count, "--feeders", count) as run:
         run.until(progressed(tmp_path / "out"))
         for kind in kinds:
             time.sleep(draw.uniform(0, 2))

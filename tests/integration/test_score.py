@@ -2,9 +2,10 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,13 @@ def server(tmp_path_factory: pytest.TempPathFactory, model: tuple[str, ...]) -> 
 
 
 class Scores:
-    """``spanfill score`` beside the server."""
+    """``spanfill score`` in an environment."""
 
-    def __init__(self, server: Server, model: tuple[str, ...], folder: Path) -> None:
-        self._server = server
+    def __init__(self, environment: Mapping[str, str], model: tuple[str, ...], folder: Path) -> None:
+        self._environment = environment
         self._model = model
         self._folder = folder
+        self.told = ""
 
     def of(self, table: pa.Table, *options: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The manifest and the rows of a table's scores."""
@@ -67,17 +69,20 @@ class Scores:
         pq.write_table(table, source)
         command = [sys.executable, "-m", "jobs.cli", "score", "--input", str(source), "--output", str(output)]
         command += [*self._model, "--batch-rows", "4", "--json", *options]
-        done = subprocess.run(command, env=self._server.job_environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert "joined the running application spanfill" in " ".join(done.stderr.split())
+        self.told = " ".join(done.stderr.split())
         assert verify(str(output)).problems == []
         rows: list[dict[str, Any]] = pq.read_table(output / "data").to_pylist()
         return json.loads(done.stdout), rows
 
 
 @pytest.fixture
-def scores(server: Server, model: tuple[str, ...], tmp_path: Path) -> Scores:
-    return Scores(server, model, tmp_path)
+def scores(server: Server, model: tuple[str, ...], tmp_path: Path) -> Iterator[Scores]:
+    """Beside the server."""
+    found = Scores(server.job_environment, model, tmp_path)
+    yield found
+    assert "joined the running application spanfill" in found.told
 
 
 class Reference:
@@ -118,6 +123,17 @@ def assert_figures(row: dict[str, Any], text: str, tokens: int, logprob: float) 
     assert row["bits_per_byte"] == (pytest.approx(-logprob / math.log(2) / size, abs=1e-3) if size else None)
 
 
+def test_the_end_of_the_infill_is_scored_when_that_is_asked_for(
+    model: tuple[str, ...], reference: Reference, tmp_path: Path
+) -> None:
+    """By an engine of the job's own: the first test here, since the server's engine takes all cores."""
+    prefix, suffix, middle = TRIPLES[0]
+    table = pa.table({"prefix": [prefix], "suffix": [suffix], "middle": [middle]})
+    _, (row,) = Scores(os.environ, model, tmp_path).of(table, "--score-end")
+    ids = [*ENCODE(middle), FORMAT.tokenizer.special_id("<eom>")]
+    assert_figures(row, middle, len(ids), reference.logprob(FORMAT.prompt(prefix, suffix, max_tokens=1).token_ids, ids))
+
+
 def test_middles_are_scored_as_transformers_scores_them(scores: Scores, reference: Reference) -> None:
     prefixes, suffixes, middles = zip(*TRIPLES, strict=True)
     table = pa.table({"prefix": prefixes, "suffix": suffixes, "middle": middles})
@@ -134,14 +150,6 @@ def test_middles_are_scored_as_transformers_scores_them(scores: Scores, referenc
     assert manifest["bits_per_byte"] == pytest.approx(-total / math.log(2) / size, abs=1e-3)
     assert (manifest["rows"], manifest["errors"], manifest["engine"]) == (len(TRIPLES), 0, "vllm")
     assert manifest["cached_tokens"] == 0, "vLLM reads no prefix cache for prompts that are scored"
-
-
-def test_the_end_of_the_infill_is_scored_when_that_is_asked_for(scores: Scores, reference: Reference) -> None:
-    prefix, suffix, middle = TRIPLES[0]
-    table = pa.table({"prefix": [prefix], "suffix": [suffix], "middle": [middle]})
-    _, (row,) = scores.of(table, "--score-end")
-    ids = [*ENCODE(middle), FORMAT.tokenizer.special_id("<eom>")]
-    assert_figures(row, middle, len(ids), reference.logprob(FORMAT.prompt(prefix, suffix, max_tokens=1).token_ids, ids))
 
 
 def test_texts_are_scored_whole_and_long_ones_in_windows(scores: Scores, reference: Reference) -> None:

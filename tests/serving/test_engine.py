@@ -18,7 +18,7 @@ from serving.errors import ConfigError
     [(None, UsageContext.LLM_CLASS), (4, UsageContext.OPENAI_API_SERVER)],
     ids=["a job", "people"],
 )
-def test_the_batch_is_the_largest_that_vllm_chooses_for_the_gpu(
+def test_the_batch_is_vllms_default_for_its_use(
     beside: int | None, expected: UsageContext, safe_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its defaults for this use: where it is told of no use, 128 sequences and 2,048 tokens on any GPU."""

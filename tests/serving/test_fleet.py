@@ -1,5 +1,9 @@
 """Being in a Ray that does not come up at once; clusters that run are in ``tests/integration``."""
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,8 +33,9 @@ def fails(monkeypatch: pytest.MonkeyPatch) -> Fails:
     return left
 
 
-def test_a_ray_that_does_not_start_is_started_again(fails: Fails) -> None:
-    fails.append(RuntimeError("the node timed out"))
+@pytest.mark.parametrize("error", [RuntimeError("the node timed out"), OSError("no such file")])
+def test_a_ray_that_does_not_start_is_started_again(fails: Fails, error: Exception) -> None:
+    fails.append(error)
     with connected() as embedded:
         assert (embedded, ray.is_initialized()) == (True, True)
     assert not ray.is_initialized()
@@ -49,3 +54,22 @@ def test_a_cluster_that_is_not_ours_is_asked_once(fails: Fails, monkeypatch: pyt
     with pytest.raises(EngineError, match="no"), connected():
         pass
     assert len(fails) == 1
+
+
+def test_what_a_failed_start_left_is_killed_and_nothing_else(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    started: list[subprocess.Popen[bytes]] = []
+    init = ray.init
+
+    def leave_a_daemon(**options: Any) -> None:
+        if not started:
+            started.append(subprocess.Popen([*sleep, str(Path(ray.__file__).with_name("daemon"))]))
+            raise RuntimeError("the node timed out")
+        init(**options)
+
+    monkeypatch.setattr(ray, "init", leave_a_daemon)
+    with subprocess.Popen(sleep) as other:
+        with connected():
+            assert started[0].wait(10) == -signal.SIGKILL
+            assert other.poll() is None
+        other.kill()

