@@ -93,7 +93,7 @@ def prepare_job(spec: JobSpec) -> Job:
     kept = spec.keep_columns if spec.keep_columns is not None else inputs.schema.names
     added = SCORE_COLUMNS if spec.task == "score" else OUTPUT_COLUMNS
     check_kept(inputs.schema, kept, added=[*added, *spec.extra_columns, *ERROR_COLUMNS])
-    files = [{"name": f.name, "rows": f.rows, "size": f.size, "footer": f.digest} for f in inputs.files]
+    files = [file.identity for file in inputs.files]
     plain = spec.in_plain_words(inputs.schema.names, inputs.rows)
     identity = plain.infill_identity(engine, weights_identity(model, engine.revision), model.format, files)
     return Job(spec, model, engine, inputs, output, model.format, identity)

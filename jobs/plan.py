@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -26,6 +27,11 @@ class InputFile:
     uncompressed: int
     digest: str
     modified: float = 0.0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another file, as a job's identity has it."""
+        return {"name": self.name, "rows": self.rows, "size": self.size, "footer": self.digest}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from jobs.digest import InputDigest
 from jobs.gather import inputs_of
 from jobs.ledger import Ledger, Report, lists_errors, read_job, read_manifest
 from jobs.plan import InputFile, Unit
-from jobs.reader import ORIGIN_FILE, ORIGIN_ROW, InputSet, UnitReader, origins
+from jobs.reader import ORIGIN_FILE, ORIGIN_ROW, InputSet, UnitReader, find_input, origins
 from jobs.recheck import sha256
 from jobs.spec import JobSpec
 from jobs.store import Location, exists, locate, patient
@@ -47,6 +47,8 @@ def verify(folder: str) -> Verdict:
         inputs = inputs_of(spec, output)
     except InputError as error:
         verdict.problems.append(f"the input cannot be compared: {error.message}")
+    if spec.order == "global":
+        verdict.problems += _against_original(spec, job["identity"]["input"])
     check = _Check(ledger, spec, then, inputs, verdict)
     planned = {unit.index for unit in units}
     verdict.problems += [f"{ledger.part(index).name} is not in the plan" for index in sorted(done - planned)]
@@ -58,6 +60,16 @@ def verify(folder: str) -> Verdict:
     if manifest is not None:
         verdict.problems += _against_manifest(ledger, manifest, verdict)
     return verdict
+
+
+def _against_original(spec: JobSpec, then: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with the files whose rows were gathered: the copy, which units count, does not tell."""
+    try:
+        now = {file.name: file.identity for file in find_input(spec.input, patience=spec.store_patience).files}
+    except InputError as error:
+        return [f"the input cannot be compared: {error.message}"]
+    changed = [file["name"] for file in then if now.get(file["name"]) != file]
+    return [f"{name} is not what it was when its rows were gathered" for name in changed]
 
 
 def _against_manifest(ledger: Ledger, manifest: dict[str, Any], verdict: Verdict) -> Iterator[str]:

@@ -78,3 +78,16 @@ def test_a_job_begun_anew_gathers_its_new_input(tmp_path: Path) -> None:
         pq.write_table(pa.table({"prefix": [f"{text} b", f"{text} a"], "suffix": ["", ""]}), tmp_path / "rows.parquet")
         _, infills = run(tmp_path / "rows.parquet", tmp_path / "out", order="global", overwrite=True)
         assert sorted(prefix for prefix, _, _ in infills.values()) == [f"{text} a", f"{text} b"]
+
+
+def test_an_input_that_changed_after_its_rows_were_gathered_is_noticed(tmp_path: Path) -> None:
+    source, output = tmp_path / "rows.parquet", tmp_path / "out"
+    table = pa.table({"prefix": [f"row {i}" for i in range(20)], "suffix": [""] * 20})
+    pq.write_table(table, source)
+    run(source, output, order="global")
+    assert verify(str(output)).problems == []
+    pq.write_table(table.slice(0, 10), source)
+    assert verify(str(output)).problems == ["rows.parquet is not what it was when its rows were gathered"]
+    source.unlink()
+    (problem,) = verify(str(output)).problems
+    assert problem.startswith("the input cannot be compared: ")
