@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,15 @@ def _start() -> None:
 
     Of a process that had one before Ray's daemons do not always come up: 2 of 12 times in one run of ``spanfill tune``.
     """
-    before = _daemons()
+    before, init = _daemons(), partial(_init, "local", include_dashboard=False, object_store_memory=512 << 20)
     with _defaults(EMBEDDED):
         try:
-            _init("local", include_dashboard=False, object_store_memory=512 << 20)
+            init()
         except (EngineError, OSError):
             for process in _daemons() - before:  # Ray forgets those of a start that fails.
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-            _init("local", include_dashboard=False, object_store_memory=512 << 20)
+            init()
 
 
 def _daemons() -> set[psutil.Process]:

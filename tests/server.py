@@ -128,9 +128,14 @@ def joined(server: Server) -> Iterator[None]:
 
 def is_healthy(url: str) -> bool:
     """Whether a server answers that all is well."""
+    return _health(url) == 200
+
+
+def _health(url: str) -> int:
+    """The status that a server answers with, 0 where none listens."""
     with suppress(httpx.TransportError):
-        return httpx.get(f"{url}/health", timeout=30).status_code == 200
-    return False
+        return httpx.get(f"{url}/health", timeout=30).status_code
+    return 0
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -147,8 +152,8 @@ def _wait(server: Server) -> None:
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise RuntimeError(f"the server ended with {server.process.returncode}: {server.told[-2_000:]}")
-        with suppress(httpx.TransportError):
-            server.health.append(httpx.get(f"{server.url}/health", timeout=30).status_code)
+        if status := _health(server.url):
+            server.health.append(status)
         if server.health[-1:] == [200] and JOINED_BY.search(server.told):
             return
         time.sleep(0.1)
