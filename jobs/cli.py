@@ -6,7 +6,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,6 +26,9 @@ from jobs.options import (
     tell_errors,
 )
 from serving.errors import SpanfillError
+
+if TYPE_CHECKING:
+    from jobs.spec import JobSpec
 
 app = typer.Typer(
     help="High-throughput batch code infilling on vLLM: Parquet of prefix/suffix pairs in, Parquet of infills out.",
@@ -149,7 +152,7 @@ def run(
     if json_:
         print(json.dumps(manifest))
     else:
-        summary(manifest, spec.output)
+        summary(manifest, spec)
     if manifest["errors"]:
         raise typer.Exit(EXIT_ERROR_ROWS)
 
@@ -158,17 +161,25 @@ app.command(epilog=score_cli.EXAMPLE)(score_cli.score)
 app.command(epilog=serve_cli.EXAMPLE)(serve_cli.serve)
 
 
-def summary(manifest: dict[str, Any], output: str) -> None:
+def summary(manifest: dict[str, Any], spec: "JobSpec") -> None:
     """Say on stderr what a finished job did."""
     console = Console(stderr=True)
     console.print(
         f"{manifest['rows']:,} rows, {manifest['errors']:,} errors in {manifest['seconds']:,.1f} s: "
         f"{manifest['rows_per_second']:,.1f} rows/s, {manifest['output_tokens_per_second']:,.0f} output tokens/s, "
-        f"{manifest['prefix_cache_hit_share']:.1%} prefix-cache hits ({manifest['engine']} engine)",
+        f"{manifest['prefix_cache_hit_share']:.1%} of the prompt tokens from the prefix cache "
+        f"(ideal: {manifest['ideal_hit_share']:.1%}; {manifest['engine']} engine)",
         highlight=False,
     )
-    tell_errors(manifest, output, console)
-    console.print(f"infills are in {output}/data; look at some with: spanfill show {output}", highlight=False)
+    if manifest["input_rows"] > spec.rows_per_part and spec.order == "prefix":
+        console.print(
+            "the ideal is that of each part; if rows that share a prompt's beginning are scattered over the input, "
+            "--order global brings them together",
+            highlight=False,
+            soft_wrap=True,
+        )
+    tell_errors(manifest, spec.output, console)
+    console.print(f"infills are in {spec.output}/data; look at some with: spanfill show {spec.output}", highlight=False)
 
 
 @app.command(
@@ -422,7 +433,9 @@ def tune(
         Path, typer.Option(help="The YAML file to write, for `run --job`.", dir_okay=False, writable=True)
     ] = Path("engine.yaml"),
     job: Annotated[Path | None, typer.Option(help="A YAML file of the options of run; flags win over it.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows of the sample.", min=2)] = 256,
+    rows: Annotated[
+        int | None, typer.Option(help="Rows of the sample (default: 256; with vLLM's build for GPUs 2,048).", min=2)
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Begin no trial after so long.", min=0)] = 15.0,
     model: Annotated[str | None, typer.Option(help="Known name, folder or hub id (default: demo-codegen25).")] = None,
     format: FormatName = None,  # noqa: A002
@@ -511,6 +524,11 @@ _clone_benchmark(
     "fleet",
     "Whether this machine keeps many simulated H100s full; from a clone only.",
     "spanfill bench fleet --replicas 4 16 --study 64",
+)
+_clone_benchmark(
+    "locality",
+    "What order, part size, replicas and KV cache do to prefix sharing, on simulated engines; from a clone only.",
+    "spanfill bench locality --json locality.json",
 )
 _clone_benchmark(
     "loads",

@@ -105,7 +105,7 @@ def plan_job(spec: JobSpec, wish: Wish) -> Plan:
     job or option that cannot be used.
     """
     _check(wish)
-    shape = model_shape(resolve_model(spec.model, format=spec.format, revision=spec.revision))
+    shape = model_shape(resolve_model(spec.model, format=spec.format, revision=spec.revision, weights=False))
     if shape.heads % spec.tensor_parallel_size:
         raise ConfigError(
             f"--tensor-parallel-size {spec.tensor_parallel_size} does not divide the model's {shape.heads} heads.",
@@ -173,7 +173,7 @@ def _gpu_line(
         roofline = replica_roofline(
             gpu, shape, precision,
             tensor_parallel_size=size,
-            max_model_len=spec.max_model_len or resolve_model(spec.model, format=spec.format).context,
+            max_model_len=spec.max_model_len or resolve_model(spec.model, format=spec.format, weights=False).context,
             max_num_seqs=wish.max_num_seqs,
         )  # fmt: skip
     except ModelError as error:

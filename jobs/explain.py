@@ -52,7 +52,7 @@ class Explained:
 
 def explain_row(options: dict[str, Any], row: int) -> Explained:
     """Explain input row number ``row`` of a job with these options; raises ``InputError`` if there is none."""
-    job = prepare_job(parse_spec(options))
+    job = prepare_job(parse_spec(options), weights=False)
     fmt = load_format(job.format_name, tokenizer_of=job.spec.model)
     at = row
     for file in job.inputs.files:

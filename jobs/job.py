@@ -24,7 +24,7 @@ from jobs.spec import JobSpec, fingerprint
 from jobs.store import Location, exists, is_file, locate
 from jobs.unit import FeederConfig
 from serving.config import EngineConfig
-from serving.engine_args import check_engine_args
+from serving.engine_args import check_engine_args, reads_weights
 from serving.errors import OutputError
 from serving.formats import Format, load_format
 from serving.models import Model, resolve_model
@@ -70,13 +70,16 @@ def begun_spec(spec: JobSpec, say: Callable[[str], None]) -> JobSpec:
     return spec.model_copy(update=kept)
 
 
-def prepare_job(spec: JobSpec) -> Job:
-    """Resolve and check a job; raises a ``UsageError`` for everything that is wrong before anything is started."""
+def prepare_job(spec: JobSpec, *, weights: bool = True) -> Job:
+    """Resolve and check a job; raises a ``UsageError`` for everything that is wrong before anything is started.
+
+    The model's weights may be missing where ``weights`` is False, or its engine reads none.
+    """
     output = locate(spec.output, patience=spec.store_patience)
     if is_file(output):
         raise OutputError(f"the output {output} is a file.", remedy="Give --output a folder of its own.")
-    made_up = spec.engine_args.get("load_format") == "dummy"
-    model = resolve_model(spec.model, format=spec.format, revision=spec.revision, weights=not made_up)
+    weights = weights and reads_weights(spec.engine, spec.engine_args)
+    model = resolve_model(spec.model, format=spec.format, revision=spec.revision, weights=weights)
     if spec.task == "score":
         check_logprobs_mode(spec.engine_args)
     if spec.engine == "vllm":

@@ -230,7 +230,7 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
         after = service.stats()
         busy = occupancy(service.info, before, after, run.ran - ran, run.finished)
         run.told = {
-            "engines": {"replicas": service.replicas, **busy},
+            "engines": {"replicas": service.replicas, **busy, "settings": info.settings},
             "cpu_seconds": cpu_seconds(crew.report().cpu_seconds, before, after, run.finished),
         }
     finally:

@@ -83,10 +83,10 @@ def parts_of(units: Sequence[Unit], ranges: Sequence[tuple[int, int]]) -> Iterat
 def read_sample(spec: JobSpec, *, sample: int) -> Sample:
     """Read some ``sample`` rows of a job's input; nothing is started, fetched or written.
 
-    Raises a ``UsageError`` for what ``run`` refuses as well (model, format, budget, input, columns), and
-    ``InputError`` when no sampled row has a prompt.
+    Raises a ``UsageError`` for what ``run`` refuses as well (model, but for missing weights, format, budget, input,
+    columns), and ``InputError`` when no sampled row has a prompt.
     """
-    model = resolve_model(spec.model, format=spec.format, revision=spec.revision)
+    model = resolve_model(spec.model, format=spec.format, revision=spec.revision, weights=False)
     context = spec.max_model_len or model.context
     spec, fmt, inputs = open_input(spec, model.format, context)
     units = plan_units(inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)

@@ -23,11 +23,12 @@ class Knob:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one run measured."""
+    """What one run measured, and the settings that its engines went by, unasked ones among them."""
 
     rows_per_second: float
     cached_share: float
     errors: int = 0
+    in_force: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,16 @@ class Trial:
 
 @dataclass
 class Tuning:
-    """What was tried and found: ``noise`` is the share by which two equal runs differed."""
+    """What was tried and found: ``noise`` is the share by which two equal runs differed.
+
+    ``in_force`` is what the engines of the best went by, asked for or not. ``left_out`` says of values that were not
+    tried why not.
+    """
 
     best: Settings
     trials: list[Trial] = field(default_factory=list)
+    in_force: Settings = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     baseline: float = 0.0
     errors: int = 0
     rows_per_second: float = 0.0
@@ -66,6 +73,8 @@ class Tuning:
 
 
 Measure = Callable[[Settings], Figures]
+Objection = Callable[[str, Settings, Settings], str]
+"""Why a value is not to be tried, or nothing: the setting's name, what would be asked for, what the best goes by."""
 Tell = Callable[[Tuning], None]
 
 
@@ -75,8 +84,7 @@ def search(
     begin: Settings,
     *,
     late: Callable[[], bool],
-    fits: Callable[[Settings], bool] = lambda _: True,
-    defaults: Settings | None = None,
+    objection: Objection = lambda name, asked, in_force: "",
     tell: Tell = lambda _: None,
 ) -> Tuning:
     """Coordinate descent over ``knobs`` from the settings ``begin``; ``tell`` is called after each trial.
@@ -84,20 +92,25 @@ def search(
     A first run warms what all runs share (files that are read, kernels that are compiled) and counts for nothing. The
     baseline is measured twice, and a setting wins only if two of its own runs are better than the best so far by
     more than the noise. A setting that the engine refuses is a trial without figures; what the engine does unasked
-    (``defaults``) is not tried. Ends when ``late`` says so.
+    is not tried, nor what ``objection`` says something against. Ends when ``late`` says so.
     """
     found = Tuning(dict(begin))
-    found.trials.append(Trial("warm-up", found.best, measure(found.best)))
+    first = measure(found.best)
+    found.in_force = first.in_force
+    found.trials.append(Trial("warm-up", found.best, first))
     tell(found)
     _baseline(measure, found, tell)
     for knob in knobs:
         for value in knob.values:
-            settings = found.best | {knob.name: value}
-            if value == ((defaults or {}) | found.best).get(knob.name) or not fits(settings):
+            setting, settings = f"{knob.name}={value}".lower(), found.best | {knob.name: value}
+            if value == (found.in_force | found.best).get(knob.name):
+                continue
+            if why := objection(knob.name, settings, found.in_force):
+                found.left_out[setting] = why
                 continue
             if late():
                 return found
-            _try(measure, f"{knob.name}={value}".lower(), settings, found, tell)
+            _try(measure, setting, settings, found, tell)
     found.finished = True
     return found
 
@@ -116,15 +129,16 @@ def _baseline(measure: Measure, found: Tuning, tell: Tell) -> None:
 
 def _try(measure: Measure, name: str, settings: Settings, found: Tuning, tell: Tell) -> None:
     """Measure a setting, a second time if the first one looks like a win, and keep it if both do."""
-    speeds: list[float] = []
-    while len(speeds) < 2:
+    wins: list[Figures] = []
+    while len(wins) < 2:
         trial = _measured(measure, name, settings)
         found.trials.append(trial)
         won = trial.figures is not None and found.is_win(trial.figures)
         if won and trial.figures is not None:
-            speeds.append(trial.figures.rows_per_second)
-        if len(speeds) == 2:
-            found.best, found.rows_per_second = settings, sum(speeds) / 2
+            wins.append(trial.figures)
+        if len(wins) == 2:
+            found.best, found.in_force = settings, wins[-1].in_force
+            found.rows_per_second = sum(figures.rows_per_second for figures in wins) / 2
         tell(found)
         if not won:
             return

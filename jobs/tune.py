@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,15 +20,17 @@ from jobs.sample import parts_of
 from jobs.search import Figures, Knob, Settings, Trial, Tuning, search
 from jobs.spec import JobSpec
 from jobs.store import locate, publish_bytes
-from serving.engine_args import CPU_BATCHED_TOKENS, CPU_DEFAULTS, is_gpu_build
+from serving.engine_args import is_gpu_build
 from serving.errors import InputError
 
 RUNS_OF_ROWS = 8
 """The sample's rows stand next to each other in the input by so many runs, since neighbours share their prompts."""
 
+ROWS, GPU_ROWS = 256, 2_048
+"""The sample, unless it is told: it fills each batch that is tried on such a machine twice over."""
 
 GRID = (
-    Knob("max_num_seqs", (32, 64, 128, 256, 512)),
+    Knob("max_num_seqs", (32, 64, 128, 256, 512, 1_024)),
     Knob("max_num_batched_tokens", (2_048, 4_096, 8_192, 16_384)),
     Knob("async_scheduling", (True, False)),
     # vLLM 0.32's CPU build dies on seeded, sampled prompts that are prefilled in chunks: see serving.engine_args.
@@ -37,17 +40,23 @@ GRID = (
 """What is tried. All are arguments of speed and memory: a begun job goes on with other ones."""
 
 
-def makes_sense(settings: Settings, *, rows: int, max_model_len: int, chunked: bool) -> bool:
-    """Whether a step takes a prompt whole where it may not be cut, and the sample fills the engine twice over."""
-    budget = settings.get("max_num_batched_tokens")
-    whole = budget is None or settings.get("enable_chunked_prefill", chunked) or budget >= max_model_len
-    return bool(whole and 2 * settings.get("max_num_seqs", 1) <= rows)
+def objection(name: str, asked: Settings, in_force: Settings, *, rows: int, max_model_len: int) -> str:
+    """Why it makes no sense to try the value of ``name`` that is ``asked`` for on a sample of ``rows``, or nothing.
+
+    A budget that is not asked for is no obstacle: vLLM raises it to what prompts need that may not be cut.
+    """
+    if name == "max_num_seqs" and 2 * asked[name] > rows:
+        return f"{rows:,} rows do not fill it twice over, {2 * asked[name]:,} would (--rows)"
+    budget, is_cut = asked.get("max_num_batched_tokens"), (in_force | asked).get("enable_chunked_prefill", True)
+    if budget is not None and budget < max_model_len and not is_cut:
+        return f"a prompt of up to {max_model_len:,} tokens would not fit a step, and it may not be cut"
+    return ""
 
 
 def tune(
     spec: JobSpec,
     *,
-    rows: int,
+    rows: int | None = None,
     minutes: float,
     knobs: Sequence[Knob] = GRID,
     tell: Callable[[Tuning], None] = lambda _: None,
@@ -56,35 +65,32 @@ def tune(
 ) -> Tuning:
     """Find engine arguments that infill a sample of ``spec.input`` faster; ``spec.engine_args`` are the baseline.
 
-    Begins no trial after ``minutes``. ``tell`` is called after each, ``watcher`` hears what the runs say. Raises what
-    ``run_job`` raises when the baseline itself cannot run.
+    The sample has ``rows`` rows, or ``GPU_ROWS`` where vLLM is the one for GPUs and ``ROWS`` elsewhere. Begins no
+    trial after ``minutes``. ``tell`` is called after each, ``watcher`` hears what the runs say. Raises what ``run_job``
+    raises when the baseline itself cannot run.
     """
     job, gpu, deadline = prepare_job(spec), is_gpu_build(), clock() + 60 * minutes
-    length = job.engine.max_model_len
+    length, wanted = job.engine.max_model_len, rows or (GPU_ROWS if gpu and spec.engine == "vllm" else ROWS)
     with tempfile.TemporaryDirectory(prefix="spanfill-tune-") as folder:
         sample = Path(folder, "rows.parquet")
-        rows_to_try = sample_rows(job, rows)
+        rows_to_try = sample_rows(job, wanted)
         pq.write_table(rows_to_try, sample)
         return search(
             lambda settings: _run(spec, sample, settings, watcher),
             [knob for knob in knobs if gpu or not knob.gpu_only],
             spec.engine_args,
             late=lambda: clock() >= deadline,
-            fits=lambda settings: makes_sense(settings, rows=rows_to_try.num_rows, max_model_len=length, chunked=gpu),
-            defaults={} if gpu or spec.engine != "vllm" else _cpu_defaults(length),
+            objection=partial(objection, rows=rows_to_try.num_rows, max_model_len=length),
             tell=tell,
         )
-
-
-def _cpu_defaults(max_model_len: int) -> Settings:
-    return CPU_DEFAULTS | {"max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len), "block_size": 128}
 
 
 def _run(spec: JobSpec, sample: Path, settings: Settings, watcher: Watcher | None) -> Figures:
     paths = {"input": str(sample), "output": str(sample.with_name("out"))}
     once = {"limit": None, "keep_columns": None, "overwrite": True, "resume": True, "retry_errors": False}
     manifest = run_job(JobSpec.parse(spec.model_dump() | paths | once | {"engine_args": settings}), watcher=watcher)
-    return Figures(manifest["rows_per_second"], manifest["prefix_cache_hit_share"], manifest["errors"])
+    in_force = manifest["engines"]["settings"]
+    return Figures(manifest["rows_per_second"], manifest["prefix_cache_hit_share"], manifest["errors"], in_force)
 
 
 def sample_rows(job: Job, rows: int) -> pa.Table:
@@ -116,6 +122,8 @@ def report(tuning: Tuning, *, source: str) -> str:
         *([] if tuning.finished else ["Its time was up before everything was tried."]),
         "Tried, each beside what had won by then:",
         *(f"  {trial.setting}: {told(trial, tuning)}" for trial in tuning.trials),
+        *(["Not tried:"] if tuning.left_out else []),
+        *(f"  {setting}: {why}" for setting, why in tuning.left_out.items()),
     ]
     comments = "".join(f"# {line}\n" for line in lines)
     return comments + yaml.safe_dump({"engine_args": tuning.best}, sort_keys=True)
@@ -137,6 +145,8 @@ def table(tuning: Tuning) -> Table:
             continue
         speed = figures.rows_per_second
         shown.add_row(setting, f"{speed:.2f}", f"{tuning.ratio(speed):.2f}", f"{figures.cached_share:.1%}")
+    for setting, why in tuning.left_out.items():
+        shown.add_row(escape(setting), "-", "-", f"not tried: {escape(why)}")
     return shown
 
 

@@ -9,9 +9,9 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from serving.config import EngineConfig, EngineKind, Frozen, ReplicaConfig
-from serving.engine_args import check_engine_args, is_gpu_build
+from serving.engine_args import check_engine_args, is_gpu_build, reads_weights
 from serving.errors import ConfigError
-from serving.models import resolve_model
+from serving.models import Model, resolve_model
 from serving.replica import Replica
 from serving.router import LaneRouter
 from serving.weights import resolve_revision
@@ -59,12 +59,17 @@ class AppConfig(Frozen):
     open_until_tenants: bool = False
     routes: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
 
+    @property
+    def resolved(self) -> Model:
+        """The model; raises ``ModelError``."""
+        weights = reads_weights(self.engine, self.engine_args)
+        return resolve_model(self.model, format=self.format, revision=self.revision, weights=weights)
+
     def engine_config(self) -> EngineConfig:
         """The engine that every replica runs; raises ``ModelError`` or ``ConfigError``."""
         if self.engine == "vllm":
             check_engine_args(self.engine_args)
-        model = resolve_model(self.model, format=self.format, revision=self.revision)
-        return model.engine_config(
+        return self.resolved.engine_config(
             kind=self.engine,
             dtype=self.dtype,
             max_model_len=self.max_model_len,
@@ -104,7 +109,7 @@ def with_gateways(replicas: Application, config: AppConfig, replica: ReplicaConf
     """The application ``app``, which answers HTTP with its replicas; raises ``ConfigError``, ``ModelError``."""
     from serving.api.gateway import Gateway, GatewayConfig, served
 
-    model = resolve_model(config.model, format=config.format, revision=config.revision)
+    model = config.resolved
     engine = config.engine_config()
     told = GatewayConfig(
         app=app,
@@ -154,8 +159,7 @@ def pinned(config: AppConfig) -> AppConfig:
     """The same with the commit that a hub's revision stands for now: jobs ask for that, and join by it."""
     if config.engine != "vllm":
         return config
-    model = resolve_model(config.model, format=config.format, revision=config.revision)
-    return config.model_copy(update={"revision": resolve_revision(model)})
+    return config.model_copy(update={"revision": resolve_revision(config.resolved)})
 
 
 def assemble(config: AppConfig, *, app: str) -> Application:

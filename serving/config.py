@@ -30,8 +30,9 @@ class Frozen(BaseModel):
 
 
 def _problems(error: ValidationError) -> str:
+    """Each with its key and value; what is wrong with several keys together names them itself."""
     return "; ".join(
-        f"{'.'.join(map(str, e['loc'])) or 'value'} = {e['input']!r}: {e['msg']}"
+        f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"]
         for e in error.errors(include_url=False)
     )
 
@@ -45,9 +46,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {error}.", remedy="Mend the file.") from None
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path} holds {type(values).__name__}, not a mapping of options.", remedy="Write KEY: VALUE lines."
-        )
+        held = "holds no options" if values is None else f"holds {type(values).__name__}, not a mapping of options"
+        raise ConfigError(f"{path} {held}.", remedy="Write KEY: VALUE lines.")
     return values
 
 

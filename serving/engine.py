@@ -74,18 +74,25 @@ class VllmEngine:
             llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[readings.logger])
         except (RuntimeError, ValueError, OSError) as error:
             raise EngineError(f"vLLM did not start: {error}", remedy="Its own messages above say why.") from error
-        cache_config = vllm_config.cache_config
+        cache_config, scheduler_config = vllm_config.cache_config, vllm_config.scheduler_config
         info = EngineInfo(
             kind="vllm",
             model=config.model,
             max_model_len=vllm_config.model_config.max_model_len,
-            max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+            max_num_seqs=scheduler_config.max_num_seqs,
             block_size=cache_config.block_size,
             kv_cache_tokens=(cache_config.num_gpu_blocks or 0) * cache_config.block_size,
             dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
             device=current_platform.device_name if on_cpu else current_platform.get_device_name(),
             cores=bound if on_cpu else (),
             versions={name: installed_version(name) for name in ("vllm", "torch", "ray", "spanfill")},
+            settings={
+                "max_num_seqs": scheduler_config.max_num_seqs,
+                "max_num_batched_tokens": scheduler_config.max_num_batched_tokens,
+                "enable_chunked_prefill": scheduler_config.enable_chunked_prefill,
+                "async_scheduling": bool(scheduler_config.async_scheduling),
+                "block_size": cache_config.block_size,
+            },
         )
         engine = cls(llm, info, readings)
         del llm  # An import's traceback may keep this frame, and the finaliser must not wait for it: see shutdown.

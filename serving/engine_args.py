@@ -136,6 +136,11 @@ def is_gpu_build() -> bool:
     return any(True for _ in importlib.metadata.Distribution.discover(name="vllm"))
 
 
+def reads_weights(kind: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether such an engine needs a model's weights: not one that makes them up or has none."""
+    return kind == "vllm" and arguments.get("load_format") != "dummy"
+
+
 def vllm_arguments(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
     """The arguments with which an engine of this configuration is made."""
     # vLLM 0.32's CPU build dies when the prompt of a seeded, sampled request is prefilled in chunks: its model runner

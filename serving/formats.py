@@ -152,7 +152,7 @@ def load_format(model: str, *, tokenizer_of: str | None = None) -> "Format":
     ``tokenizer_of`` names the model whose tokenizer is used; ``codegen25`` brings its own. Raises ``FormatError`` when
     the tokenizer lacks a control token, naming it.
     """
-    name = model if model in FORMATS or tokenizer_of else resolve_model(model).format
+    name = model if model in FORMATS or tokenizer_of else resolve_model(model, weights=False).format
     if name not in FORMATS:
         raise FormatError(f"format {name} is unknown.", remedy=f"Known formats: {', '.join(FORMATS)}.")
     if name == CODEGEN25:

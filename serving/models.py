@@ -131,7 +131,7 @@ def resolve_model(
     """The model of a known name, a folder with ``config.json`` and weights, or a hub id ``organisation/name``.
 
     Nothing is fetched. ``format`` overrides what the model's configuration tells; a folder needs no weights where
-    ``weights`` is False, for an engine that makes them up. Raises ``ModelError`` naming what is missing and what to do.
+    ``weights`` is False: nothing reads them. Raises ``ModelError`` naming what is missing and what to do.
     """
     found = _resolve(model, weights)
     changed: dict[str, Any] = {"revision": revision} if revision else {}

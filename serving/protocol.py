@@ -188,7 +188,10 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is: ``kind`` is ``vllm``, ``simulated`` or ``instant``; lengths are in tokens."""
+    """What an engine is: ``kind`` is ``vllm``, ``simulated`` or ``instant``; lengths are in tokens.
+
+    ``settings`` are engine arguments of speed as they are in force, given or not: those that ``spanfill tune`` tries.
+    """
 
     kind: str
     model: str
@@ -200,6 +203,7 @@ class EngineInfo:
     device: str = ""
     cores: tuple[int, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, int | bool] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -59,6 +59,7 @@ class SimulatedEngine:
             kv_cache_tokens=roofline.kv_cache_tokens,
             device=config.kind,
             versions={name: installed_version(name) for name in ("ray", "spanfill")},
+            settings=roofline.model_dump(include={"max_num_seqs", "max_num_batched_tokens", "block_size"}),
         )
         self._scheduler = Scheduler(roofline, beside=beside)
         self._roofline = roofline

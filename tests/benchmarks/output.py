@@ -31,7 +31,7 @@ def positive(text: str) -> int:
 
 
 def above_zero(text: str) -> float:
-    """The type of an argument of seconds, rates and shares of a speed; raises what argparse tells of."""
+    """The type of an argument of seconds and rates; raises what argparse tells of."""
     if not 0 < (number := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
@@ -41,6 +41,13 @@ def share(text: str) -> float:
     """The type of an argument that is a part of a whole; raises what argparse tells of."""
     if not 0 <= (number := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return number
+
+
+def share_above_zero(text: str) -> float:
+    """As ``share``, but not nothing."""
+    if not (number := share(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
 

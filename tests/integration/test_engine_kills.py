@@ -1,7 +1,6 @@
 """The real engine is killed while it infills: vLLM's core process, its replica, the command itself."""
 
 import random
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from jobs.demo import cut_demo_pairs
 from jobs.verify import verify
-from tests.runs import journaled, rows, running
+from tests.runs import Run, journaled, rows, running
 
 pytestmark = pytest.mark.engine
 COUNT = 240
@@ -44,21 +43,36 @@ def undisturbed(options: list[object], tmp_path_factory: pytest.TempPathFactory)
     return rows(folder / "out")
 
 
+def engine_but(run: Run, others: list[psutil.Process]) -> psutil.Process:
+    """The run's core process that is none of ``others``, of which one may still be about to end, once there is one."""
+    found: list[psutil.Process] = []
+
+    def look() -> bool:
+        found.extend(process for process in run.processes("engine") if process not in others)
+        return bool(found)
+
+    run.until(look)
+    return found[0]
+
+
 def test_kills_of_core_replica_and_driver_change_no_infill(
     options: list[object], undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     draw, output = random.Random(1), tmp_path / "out"
     with running(tmp_path / "log", *options, "--output", output) as run:
         run.until(lambda: journaled(output) or list(output.glob("data/*")))
+        killed: list[psutil.Process] = []
         for kind in ("engine", "replica"):
-            run.until(partial(run.processes, kind))
-            assert run.kill(kind, draw)
-            run.until(lambda: not run.processes("engine"))
-            run.until(lambda: run.processes("engine"))
+            engine = engine_but(run, killed)
+            owner = engine if kind == "engine" else engine.parent()
+            assert owner is not None
+            owner.kill()
+            killed.append(engine)
+        engine_but(run, killed)
         working = [process for kind in ("engine", "replica", "feeder") for process in run.processes(kind)]
         run.kill("driver", draw)
         run.wait()
-        _, alive = psutil.wait_procs(working, timeout=60)
+        _, alive = psutil.wait_procs([*killed, *working], timeout=60)
         assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
     with running(tmp_path / "log", *options, "--output", output) as run:
         manifest = run.manifest()

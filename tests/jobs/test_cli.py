@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.cli import summary
 from jobs.options import pairs_of, scalars_of
+from jobs.spec import JobSpec
 from serving.engine_args import check_engine_args
 from tests.conftest import Command, WriteRows
 
@@ -258,3 +261,18 @@ def test_help_tells_what_an_option_is_without_it(spanfill: Command, command: str
     told = spanfill(*command.split(), "--help").stdout
     assert "default: " in told
     assert " .  " not in told
+
+
+@pytest.mark.parametrize(
+    ("rows", "order", "hints"), [(100, "prefix", False), (101, "prefix", True), (101, "global", False)]
+)
+def test_the_end_says_what_the_caches_could_have_had(
+    capsys: pytest.CaptureFixture[str], rows: int, order: Literal["prefix", "global"], hints: bool
+) -> None:
+    """And where that is the ideal of each part alone."""
+    manifest: dict[str, Any] = {"rows": rows, "input_rows": rows, "errors": 0, "seconds": 1.0, "rows_per_second": 2.0}
+    manifest |= {"output_tokens_per_second": 4.0, "prefix_cache_hit_share": 0.25, "ideal_hit_share": 0.5}
+    summary(manifest | {"engine": "simulated"}, JobSpec(input="in", output="out", rows_per_part=100, order=order))
+    told = " ".join(capsys.readouterr().err.split())
+    assert "25.0% of the prompt tokens from the prefix cache (ideal: 50.0%; simulated engine)" in told
+    assert ("--order global" in told) is hints

@@ -235,7 +235,8 @@ def test_a_finished_job_gives_its_output_tokens_and_its_machine(
     assert told["output_tokens_from"] == str(clean.output)
     done = spanfill(*options, "--calibrate", clean.output)
     assert (done.code, "tells no speed of an engine" in done.stderr) == (USAGE, True), done.stderr
-    assert manifest["engines"] == {"replicas": 1}
+    settings = {"max_num_seqs": 256, "max_num_batched_tokens": 8_192, "block_size": 16}
+    assert manifest["engines"] == {"replicas": 1, "settings": settings}
 
     clean.edit(clean.state("manifest.json"), lambda values: values.update(engine="vllm", rows_per_second=50.0))
     done = spanfill("plan", "--input", clean.input, "--calibrate", clean.output)

@@ -1,6 +1,7 @@
 """What people see of prompts and infills: every character, and nothing that commands their terminal."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,19 @@ def test_an_explained_prompt_is_exact(spanfill: Command, write_rows: WriteRows, 
     prompt, facts = done.stdout.split("\n\n⟦ ⟧ hold", 1)
     assert prompt == f"\tif a:␍\n{line}\n<sep>  ⟦<mask_1>⟧{SEEN}\n\n⟦<|endoftext|>⟧⟦<sep>⟧⟦<mask_1>⟧"
     assert "nothing was cut\nstops at: <eom> (50318)" in facts
+
+
+def test_prompts_are_explained_and_planned_before_the_weights_are_there(
+    spanfill: Command, write_rows: WriteRows, checkpoint: Path, tmp_path: Path
+) -> None:
+    bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("*.bin*"))
+    rows = write_rows(prefix=["a = "], suffix=["\n"])
+    explained = spanfill("explain", "--input", rows, "--model", bare)
+    assert (explained.code, "stops at: <eom>" in explained.stdout) == (0, True), explained.stderr
+    planned = spanfill("plan", "--input", rows, "--model", bare)
+    assert (planned.code, "1 rows" in planned.stdout) == (0, True), planned.stderr
+    refused = spanfill("run", "--input", rows, "--model", bare, "--output", tmp_path / "out")
+    assert (refused.code, "no weights" in refused.stderr) == (USAGE, True)
 
 
 def test_an_infill_is_printed_in_place_as_it_is(

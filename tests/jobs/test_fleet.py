@@ -1,4 +1,6 @@
-from tests.benchmarks.fleet import study
+import pytest
+
+from tests.benchmarks.fleet import main, study
 
 
 def test_lanes_keep_unequal_schedulers_full_until_they_end_together() -> None:
@@ -7,3 +9,20 @@ def test_lanes_keep_unequal_schedulers_full_until_they_end_together() -> None:
     assert told["of steady"] > 0.95
     assert told["busy_share"] > 0.95
     assert told["ends within"] < 0.04
+
+
+def test_eight_of_unequal_speed_end_within_2_percent_of_two_minutes() -> None:
+    """Speeds from 1 down to a quarter."""
+    told = study(8, 120.0, feed=5_000.0, call=0.02, slowest=0.25)
+    assert told["ends within"] < 0.02
+    assert told["busy_share"] > 0.97
+
+
+@pytest.mark.parametrize("wrong", [["--slowest", "3"], ["--slowest", "0"], ["--study", "0"], []])
+def test_what_makes_no_fleet_is_refused(
+    wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fleet.py", "--study", "2", *wrong] if wrong else ["fleet.py"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "spanfill bench fleet: error:" in capsys.readouterr().err

@@ -18,10 +18,11 @@ def never() -> bool:
 def run(speed: Callable[[Settings], float], **options: Any) -> tuple[Tuning, list[Settings]]:
     """Search with engines of these speeds; gives the result and what was started, in order."""
     started: list[Settings] = []
+    in_force = options.pop("in_force", {})
 
     def measure(settings: Settings) -> Figures:
         started.append(settings)
-        return Figures(speed(settings), 0.25)
+        return Figures(speed(settings), 0.25, in_force=in_force | settings)
 
     found = search(measure, KNOBS, options.pop("begin", {}), late=options.pop("late", never), **options)
     return found, started
@@ -86,5 +87,27 @@ def test_time_ends_it_with_the_best_so_far() -> None:
 
 
 def test_what_is_so_already_or_makes_no_sense_is_not_tried() -> None:
-    _, started = run(lambda s: 10.0, begin={"a": 1}, defaults={"b": False}, fits=lambda s: s.get("a") != 3)
+    """What is in force is told by the engines, asked for or not; an objection hears all of it."""
+    heard: list[Settings] = []
+
+    def objection(name: str, asked: Settings, in_force: Settings) -> str:
+        heard.append(asked | {"in force": in_force})
+        return f"{name} is too large" if asked["a"] == 3 else ""
+
+    found, started = run(lambda s: 10.0, begin={"a": 1}, in_force={"b": False}, objection=objection)
     assert started == [*[{"a": 1}] * 3, {"a": 2}, {"a": 1, "b": True}]
+    assert found.left_out == {"a=3": "a is too large"}
+    told = {"in force": {"a": 1, "b": False}}
+    assert heard == [{"a": 2} | told, {"a": 3} | told, {"a": 1, "b": True} | told]
+
+
+def test_what_the_best_goes_by_is_what_its_engines_said() -> None:
+    """Here a larger ``a`` turns ``b`` on, unasked: that it is on is not tried then."""
+
+    def measure(settings: Settings) -> Figures:
+        larger = settings.get("a", 1)
+        return Figures(10.0 * larger, 0.25, in_force={"a": larger, "b": larger == 3})
+
+    found = search(measure, KNOBS, {}, late=never)
+    assert (found.best, found.in_force) == ({"a": 3}, {"a": 3, "b": True})
+    assert [trial.setting for trial in found.trials if trial.setting.startswith("b=")] == ["b=false"]

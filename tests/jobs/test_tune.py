@@ -12,25 +12,34 @@ from rich.console import Console
 from jobs.job import prepare_job
 from jobs.search import Figures, Knob, Settings, Trial, search
 from jobs.spec import JobSpec
-from jobs.tune import makes_sense, report, sample_rows, table, tune
+from jobs.tune import objection, report, sample_rows, table, tune
 from serving.errors import InputError
 from tests.conftest import WriteRows
 
+WHOLE = {"enable_chunked_prefill": False, "max_num_batched_tokens": 1_024}
+
 
 @pytest.mark.parametrize(
-    ("settings", "chunked", "good"),
+    ("name", "asked", "in_force", "why"),
     [
-        ({}, False, True),
-        ({"max_num_batched_tokens": 1_024}, False, False),
-        ({"max_num_batched_tokens": 2_048}, False, True),
-        ({"max_num_batched_tokens": 1_024}, True, True),
-        ({"max_num_batched_tokens": 1_024, "enable_chunked_prefill": False}, True, False),
-        ({"max_num_seqs": 128}, True, True),
-        ({"max_num_seqs": 129}, True, False),
+        ("block_size", {"block_size": 16}, {}, ""),
+        ("max_num_batched_tokens", {"max_num_batched_tokens": 1_024}, WHOLE, "prompt of up to 2,048"),
+        ("max_num_batched_tokens", {"max_num_batched_tokens": 2_048}, WHOLE, ""),
+        ("max_num_batched_tokens", {"max_num_batched_tokens": 1_024}, {"enable_chunked_prefill": True}, ""),
+        ("enable_chunked_prefill", WHOLE, {"enable_chunked_prefill": True}, "prompt of up to 2,048"),
+        ("enable_chunked_prefill", {"enable_chunked_prefill": False}, {"max_num_batched_tokens": 1_024}, ""),
+        ("max_num_seqs", {"max_num_seqs": 128}, {}, ""),
+        ("max_num_seqs", {"max_num_seqs": 129}, {}, "258 would (--rows)"),
+        ("block_size", {"max_num_seqs": 1_024, "block_size": 16}, {}, ""),
     ],
 )
-def test_a_prompt_must_fit_a_step_and_the_sample_the_batch(settings: Settings, chunked: bool, good: bool) -> None:
-    assert makes_sense(settings, rows=256, max_model_len=2_048, chunked=chunked) is good
+def test_a_prompt_must_fit_a_step_and_the_sample_the_batch(
+    name: str, asked: Settings, in_force: Settings, why: str
+) -> None:
+    """A batch that is asked for whatever the sample is objects to nothing else, nor does a budget of vLLM's own."""
+    said = objection(name, asked, in_force, rows=256, max_model_len=2_048)
+    assert why in said
+    assert bool(why) == bool(said)
 
 
 def test_the_sample_is_runs_of_neighbours_from_the_whole_input(write_rows: WriteRows, tmp_path: Path) -> None:
@@ -43,6 +52,22 @@ def test_the_sample_is_runs_of_neighbours_from_the_whole_input(write_rows: Write
     ids = sample["id"].to_pylist()
     assert ids == [0, 1, 12, 13, 14, 25, 26, 37, 38, 39, 50, 51, 62, 63, 64, 75, 76, 87, 88, 89]
     assert sample_rows(job, 1_000)["id"].to_pylist() == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "engine", "rows"), [(True, "vllm", 2_048), (True, "instant", 256), (False, "vllm", 256)]
+)
+def test_the_sample_fills_the_batches_of_its_machine(
+    write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch, gpu: bool, engine: str, rows: int
+) -> None:
+    def stopped(job: object, asked: int) -> pa.Table:
+        raise InputError(f"{asked} rows were asked for")
+
+    monkeypatch.setattr("jobs.tune.is_gpu_build", lambda: gpu)
+    monkeypatch.setattr("jobs.tune.sample_rows", stopped)
+    spec = JobSpec.parse({"input": str(write_rows(prefix=["a"])), "output": "out", "engine": engine})
+    with pytest.raises(InputError, match=f"^{rows} rows were"):
+        tune(spec, minutes=1)
 
 
 def test_an_empty_input_is_refused(write_rows: WriteRows) -> None:
@@ -60,6 +85,18 @@ def test_the_report_is_a_job_file_with_the_figures_as_comments() -> None:
     assert "# 13.00 rows/s, 1.30 times the baseline's." in text
     assert "#   a=2: 12.00 rows/s, ratio 1.20, 25.0% of the prompt tokens cached" in text
     assert table(found).row_count == len(found.trials)
+
+
+def test_the_report_says_what_was_not_tried() -> None:
+    knobs = (Knob("a", (2, 3)),)
+    unwanted = {3: "three is too many"}
+    found = search(
+        lambda s: Figures(10, 0.25), knobs, {}, late=lambda: False, objection=lambda _, s, __: unwanted.get(s["a"], "")
+    )
+    text = report(found, source="rows.parquet")
+    assert "# Not tried:\n#   a=3: three is too many\n" in text
+    assert table(found).row_count == len(found.trials) + 1
+    assert found.as_dict()["left_out"] == {"a=3": "three is too many"}
 
 
 def test_a_failure_is_shown_as_it_is() -> None:

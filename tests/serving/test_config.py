@@ -57,7 +57,10 @@ def test_what_only_vllm_can_judge_is_left_to_it() -> None:
     check_engine_args({"compilation_config": {"level": 3}, "kv_cache_dtype": 7, "quantization": "fp8"})
 
 
-@pytest.mark.parametrize(("text", "words"), [("a: [", "not YAML"), ("- 1", "not a mapping"), (None, "cannot be read")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a: [", "not YAML"), ("- 1", "not a mapping"), ("# a: 1\n", "no options"), (None, "cannot be read")],
+)
 def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, words: str) -> None:
     file = tmp_path / "job.yaml"
     if text is not None:
