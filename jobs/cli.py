@@ -291,7 +291,7 @@ def plan(
     max_num_seqs: Annotated[
         int | None, typer.Option(help="Sequences of one engine at once (default: vLLM's for the GPU).", min=1)
     ] = None,
-    fraction: Annotated[float, typer.Option(help="Of the bound; vLLM typically 0.4, 0.75 is excellent.")] = 0.6,
+    fraction: Annotated[float, typer.Option(help="Of the bound, as you expect it to be reached.")] = 0.6,
     calibrate: Annotated[
         list[str] | None, typer.Option(help="A finished job of this machine and model, to predict it; repeatable.")
     ] = None,

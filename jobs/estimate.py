@@ -19,7 +19,7 @@ from serving.shapes import ModelShape
 from serving.steady import Load, batch_size, steady_rows_per_second
 
 DEFAULT_FRACTION = 0.6
-"""Of the bound that is expected: vLLM typically reaches 0.4 of it, 0.6 to 0.75 is excellent."""
+"""Of the bound that is expected: an assumption, until a job has run on such a GPU."""
 
 DEFAULT_SAMPLE = 2_000
 

@@ -30,8 +30,8 @@ from jobs.heldout import HELD_OUT
 from jobs.pairs import draw_spans, standard_library
 from serving.formats import load_format
 from serving.models import resolve_model
+from tests.benchmarks.machine import machine, versions
 from tests.benchmarks.output import check_files, console, parser_of, positive, publish_json
-from tests.benchmarks.peers.machine import machine, versions
 
 MODEL = "demo-codegen25"
 MAX_TOKENS = 48

@@ -11,7 +11,6 @@ in the order of their tokens, have prompts of 1,900 tokens.
 """
 
 import random
-import sys
 import tempfile
 from array import array
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from jobs.spec import JobSpec
 from serving.steady import Load, batch_size, steady_rows_per_second
 from tests.benchmarks.clockwork import H100, Dealt, Study
 from tests.benchmarks.output import (
+    about,
     above_zero,
     check_files,
     console,
@@ -89,13 +89,14 @@ def _unshared(rows: int, unit_rows: int, long: float, seed: int = 1) -> Callable
 
 
 def study(
-    replicas: int, seconds: float, *, feed: float, call: float, slowest: float, long: float = 0.0
+    replicas: int, seconds: float, *, feed: float, call: float, slowest: float, long: float = 0.0, feeders: int = 2
 ) -> dict[str, Any]:
-    """``replicas`` engines with work for about ``seconds`` of the study's clock."""
+    """``replicas`` engines with work for about ``seconds`` of the study's clock, each feeder with lanes of its own."""
     speeds = [1.0 - (1.0 - slowest) * number / max(1, replicas - 1) for number in range(replicas)]
     load = Load(PROMPT_TOKENS + long * (LONG_TOKENS - PROMPT_TOKENS), OUTPUT_TOKENS)
     rows, unit_rows = _rows(load, seconds, sum(speeds)), JobSpec(input="", output="").rows_per_part
-    made = Study(speeds, _unshared(rows, unit_rows, long), feed=feed, call=call, max_tokens=MAX_TOKENS)
+    deal = _unshared(rows, unit_rows, long)
+    made = Study(speeds, deal, feed=feed, call=call, max_tokens=MAX_TOKENS, feeders=feeders)
     told = made.run([min(unit_rows, rows - start) for start in range(0, rows, unit_rows)])
     return {
         "engines": f"{replicas} in a study",
@@ -106,6 +107,7 @@ def study(
         "call": call,
         "slowest": slowest,
         "long": long,
+        "feeders": feeders,
     }
 
 
@@ -140,11 +142,12 @@ def main() -> None:
         parser.error("nothing to measure: give --replicas, --study, or both")
     check_files(parser, asked.json, None)
     options = {"feed": asked.feed, "call": asked.call, "slowest": asked.slowest, "long": asked.long}
+    options |= {"feeders": asked.feeders}
     lines = [measure(count, asked.seconds, asked.feeders) for count in asked.replicas]
     lines += [study(count, asked.seconds, **options) for count in asked.study]
     console().print(shown(lines))
     if asked.json:
-        publish_json(asked.json, {"command": sys.argv, "lines": lines})
+        publish_json(asked.json, about("fleet") | {"lines": lines})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from rich.table import Table
 from jobs.order import TOKEN_BYTES, cut, grouped, ideal_cached_tokens, prefix_order, sort_key
 from jobs.spec import JobSpec
 from tests.benchmarks.clockwork import H100, Dealt, Study
-from tests.benchmarks.output import check_files, console, parser_of, positive, publish_json
+from tests.benchmarks.output import about, check_files, console, parser_of, positive, publish_json
 from tests.benchmarks.peers.inputs import make_prompts, make_rows
 from tests.benchmarks.peers.setting import Setting
 
@@ -48,6 +48,7 @@ class Case:
 def cases(rows: int) -> list[Case]:
     """A job's defaults, and what changes when one or two of them do; ``rows`` rows are one part by default."""
     base, small, smaller = Case(), rows // 8, rows // 40
+    gathered = replace(base, rows_per_part=small, order="global")
     return [
         base,
         *(replace(base, order=order) for order in ("input", "leaders")),
@@ -57,10 +58,10 @@ def cases(rows: int) -> list[Case]:
             for order in ("prefix", "global")
         ),
         *(replace(base, replicas=count) for count in (4, 16)),
-        *(replace(base, rows_per_part=small, order="global", replicas=4, feeders=feeders) for feeders in (1, 2)),
+        *(replace(gathered, replicas=4, feeders=feeders) for feeders in (1, 2)),
         *(replace(base, kv=kv, order=order) for kv in (30_000, 10_000) for order in ("prefix", "leaders", "input")),
         *(replace(base, kv=10_000, replicas=count) for count in (4, 16)),
-        *(replace(base, window=window) for window in (0.5, 2.0, 4.0)),
+        *(replace(gathered, replicas=16, window=window) for window in (0.25, 1.0, 4.0)),
     ]
 
 
@@ -161,7 +162,7 @@ def main() -> None:
         print(f"{len(lines)} of {len(cases(len(rows)))}", file=sys.stderr)
     console().print(shown(lines))
     if asked.json:
-        publish_json(asked.json, {"command": sys.argv, "rows": len(rows), "lines": lines})
+        publish_json(asked.json, about("locality") | {"options": vars(asked) | {"json": None}, "lines": lines})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.store import locate, publish_bytes
+from tests.benchmarks.machine import machine, versions
 
 PLOT_SUFFIXES = (".svg", ".png")
 REDIRECTED_WIDTH = 150
@@ -64,6 +66,12 @@ def check_files(parser: argparse.ArgumentParser, json_file: Path | None, plot: P
         importlib.import_module("matplotlib")
     except ImportError as error:
         parser.error(f"--plot needs matplotlib: {error}")
+
+
+def about(name: str) -> dict[str, Any]:
+    """The command of ``spanfill bench NAME`` as it was given, and what it was measured on."""
+    command = f"spanfill bench {name} {shlex.join(sys.argv[1:])}"
+    return {"command": command, "machine": machine(), "versions": versions()}
 
 
 def publish_json(path: Path, value: Any) -> None:

@@ -1,3 +1,4 @@
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ from jobs.gather import gather, inputs_of
 from jobs.reader import ORIGIN_FILE, ORIGIN_ROW
 from jobs.spec import JobSpec
 from jobs.store import locate
-from serving.formats import load_format
+from serving.formats import FORMATS, Format, load_format
 from tests.conftest import WriteRows
+from tests.serving.test_formats import letters_for
 
 PREFIXES = ["b", "a", "b2", "a", None, "é", "a\x00"]
 
 
-def gathered(source: Path, output: Path, **more: Any) -> pa.Table:
+def gathered(source: Path, output: Path, fmt: Format | None = None, **more: Any) -> pa.Table:
     spec = JobSpec(input=str(source), output=str(output), order="global", **more)
     inputs = inputs_of(spec, locate(str(output)))
-    gather(spec, load_format("codegen25"), inputs, locate(str(output)))
+    gather(spec, fmt or load_format("codegen25"), inputs, locate(str(output)))
     found = inputs_of(spec, locate(str(output)))
     return pq.read_table(found.files[0].path)
 
@@ -51,3 +53,22 @@ def test_a_limit_and_a_column_with_quotes_in_its_name(write_rows: WriteRows, tmp
     source = write_rows(**{'the "text"': ["c", "b", "a"]})
     found = gathered(source, tmp_path / "out", columns={"prefix": 'the "text"'}, limit=2)
     assert found.column('the "text"').to_pylist() == ["b", "c"]
+
+
+def test_a_format_that_begins_with_the_suffix_is_sorted_by_it(write_rows: WriteRows, tmp_path: Path) -> None:
+    source = write_rows(prefix=["b", "a", "c", "d"], suffix=["y", "y", "x", None])
+    found = gathered(source, tmp_path / "out", Format(FORMATS["codestral"], letters_for("codestral")))
+    assert found.column("prefix").to_pylist() == ["c", "a", "b", "d"]
+
+
+def test_an_input_larger_than_the_sort_may_hold_is_sorted_on_disk(
+    write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some 160 MB of text with 60 MB of memory for the sort."""
+    monkeypatch.setattr("jobs.gather.SORT_MEMORY", "60MB")
+    draw = random.Random(0)
+    text = "".join(draw.choices("abcdefghij \n", k=1 << 20))
+    starts = [draw.randrange(len(text) - 4_000) for _ in range(40_000)]
+    source = write_rows(prefix=[text[start : start + 4_000] for start in starts])
+    found = gathered(source, tmp_path / "out").column("prefix").to_pylist()
+    assert found == sorted(text[start : start + 4_000] for start in starts)

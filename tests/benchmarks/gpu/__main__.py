@@ -28,9 +28,9 @@ from serving.engine_args import check_engine_args, is_gpu_build
 from serving.errors import ConfigError
 from tests.benchmarks.gpu.model import FULL, SMALL, Sizes, write_model
 from tests.benchmarks.gpu.report import line_of, roofline_of, table
+from tests.benchmarks.machine import machine, versions
 from tests.benchmarks.output import check_files, console, parser_of, positive, publish_json
 from tests.benchmarks.peers.inputs import INPUTS, make_rows, write_rows
-from tests.benchmarks.peers.machine import machine, versions
 from tests.benchmarks.peers.rounds import Attempt, play
 from tests.benchmarks.peers.setting import Setting
 

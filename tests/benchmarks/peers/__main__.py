@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from serving.truncation import DEFAULT_PREFIX_ALIGN
+from tests.benchmarks.machine import machine, versions
 from tests.benchmarks.output import check_files, console, parser_of, positive, publish_json
 from tests.benchmarks.peers.begun import Rounds, begun
 from tests.benchmarks.peers.check import PAIR, compare
 from tests.benchmarks.peers.contestant import CONTESTANTS
 from tests.benchmarks.peers.inputs import INPUTS, ROWS, make_rows, write_rows
-from tests.benchmarks.peers.machine import machine, versions
 from tests.benchmarks.peers.model import SIZES, cached_model
 from tests.benchmarks.peers.report import plot, ratio_lines, summarise, table
 from tests.benchmarks.peers.rounds import Attempt, play

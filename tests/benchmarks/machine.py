@@ -13,8 +13,8 @@ from serving.cores import available_cores
 from serving.engine_args import installed_version
 
 PACKAGES = ("torch", "ray", "transformers", "tiktoken", "pyarrow", "spanfill")
-ROOT = Path(__file__).parents[3]
-SOURCES = ("serving", "jobs", "tests/benchmarks/peers", "tests/benchmarks/gpu")
+ROOT = Path(__file__).parents[2]
+SOURCES = ("serving", "jobs", "tests/benchmarks")
 
 
 def machine() -> dict[str, Any]:
