@@ -1,4 +1,3 @@
-import random
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +58,3 @@ def test_a_format_that_begins_with_the_suffix_is_sorted_by_it(write_rows: WriteR
     source = write_rows(prefix=["b", "a", "c", "d"], suffix=["y", "y", "x", None])
     found = gathered(source, tmp_path / "out", Format(FORMATS["codestral"], letters_for("codestral")))
     assert found.column("prefix").to_pylist() == ["c", "a", "b", "d"]
-
-
-def test_an_input_larger_than_the_sort_may_hold_is_sorted_on_disk(
-    write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some 160 MB of text with 60 MB of memory for the sort."""
-    monkeypatch.setattr("jobs.gather.SORT_MEMORY", "60MB")
-    draw = random.Random(0)
-    text = "".join(draw.choices("abcdefghij \n", k=1 << 20))
-    starts = [draw.randrange(len(text) - 4_000) for _ in range(40_000)]
-    source = write_rows(prefix=[text[start : start + 4_000] for start in starts])
-    found = gathered(source, tmp_path / "out").column("prefix").to_pylist()
-    assert found == sorted(text[start : start + 4_000] for start in starts)
