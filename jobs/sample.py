@@ -1,13 +1,13 @@
 """A sample of a job's input, made into prompts as ``run`` makes them: what the rows weigh, without an engine."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jobs.job import open_input
 from jobs.plan import Unit, plan_units
 from jobs.reader import InputSet, UnitReader
 from jobs.rows import row_prompts
-from jobs.sharing import ideal_cached_share
+from jobs.sharing import ideal_cached_share, share_inside
 from jobs.spec import ROLES, JobSpec
 from serving.errors import InputError
 from serving.formats import Format, Prompt
@@ -124,18 +124,11 @@ def _measure(spec: JobSpec, inputs: InputSet, taken: Sequence[Unit], prompts: Se
         truncated_share=sum(prompt.truncated for made in prompts for prompt in made) / len(lengths),
         error_share=1 - len(lengths) / sampled,
         block_size=BLOCK_SIZE,
-        cached_share=_share_inside(by_unit.values(), BLOCK_SIZE),
-        cached_share_cpu=_share_inside(by_unit.values(), CPU_BLOCK_SIZE),
+        cached_share=share_inside(by_unit.values(), BLOCK_SIZE),
+        cached_share_cpu=share_inside(by_unit.values(), CPU_BLOCK_SIZE),
         cached_share_all=ideal_cached_share(ids, BLOCK_SIZE),
         cached_share_all_cpu=ideal_cached_share(ids, CPU_BLOCK_SIZE),
     )
-
-
-def _share_inside(groups: Collection[Sequence[Sequence[int]]], block_size: int) -> float:
-    """The ideal share when prompts share inside their group alone."""
-    tokens = [sum(map(len, group)) for group in groups]
-    shared = sum(ideal_cached_share(g, block_size) * count for g, count in zip(groups, tokens, strict=True))
-    return shared / sum(tokens)
 
 
 def _percentile(ordered: Sequence[int], percent: int) -> int:

@@ -1,7 +1,7 @@
 """How much of a set of prompts a prefix cache can save. Pure."""
 
 import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 def ideal_cached_share(prompts: Iterable[Sequence[int]], block_size: int) -> float:
@@ -16,6 +16,13 @@ def ideal_cached_share(prompts: Iterable[Sequence[int]], block_size: int) -> flo
         tokens += len(prompt)
         hits += min(_add(children, prompt, block_size), max(0, len(prompt) - 1) // block_size)
     return hits * block_size / tokens if tokens else 0.0
+
+
+def share_inside(groups: Collection[Sequence[Sequence[int]]], block_size: int) -> float:
+    """The ideal share when prompts share inside their group alone."""
+    tokens = [sum(map(len, group)) for group in groups]
+    shared = sum(ideal_cached_share(g, block_size) * count for g, count in zip(groups, tokens, strict=True))
+    return shared / sum(tokens)
 
 
 def _add(children: dict[tuple[int, bytes], int], prompt: Sequence[int], block_size: int) -> int:

@@ -12,9 +12,7 @@ matches and bits are taken row by row against the first alignment and stand with
 
 import math
 import random
-import shlex
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,8 +28,7 @@ from jobs.heldout import HELD_OUT
 from jobs.pairs import draw_spans, standard_library
 from serving.formats import load_format
 from serving.models import resolve_model
-from tests.benchmarks.machine import machine, versions
-from tests.benchmarks.output import check_files, console, parser_of, positive, publish_json
+from tests.benchmarks.output import check_files, console, origin, parser_of, positive, publish_json
 
 MODEL = "demo-codegen25"
 MAX_TOKENS = 48
@@ -220,8 +217,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="an .svg or .png file")
     asked = parser.parse_args()
     check_files(parser, asked.json, asked.plot)
-    command = "spanfill bench align " + shlex.join(sys.argv[1:])
-    about = {"command": command, "rounds": asked.rounds, "machine": machine(), "versions": versions()}
+    about = origin("align") | {"rounds": asked.rounds}
     tables: dict[int, dict[str, Any]] = {}
     for spans in asked.spans:
         cut = cut_rows(spans, asked.rows)

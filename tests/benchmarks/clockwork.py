@@ -19,6 +19,9 @@ from serving.protocol import BATCH_PRIORITY
 H100 = RooflineConfig()
 """CodeGen2.5-7B in bfloat16 at its roofline."""
 
+DEFAULTS = JobSpec(input="", output="", engine="simulated")
+"""What a job does by itself."""
+
 
 @dataclass(frozen=True)
 class Dealt:
@@ -91,7 +94,7 @@ class Study:
         window: float = 1.0,
         seed: int = 0,
     ) -> None:
-        spec = JobSpec(input="", output="", engine="simulated", feeders=feeders)
+        spec = DEFAULTS.model_copy(update={"feeders": feeders})
         route, _ = route_of(len(speeds), roofline.max_num_seqs, roofline.block_size, spec)
         calls = max(1, round(route.window * window))
         self.now = 0.0

@@ -24,12 +24,12 @@ from jobs.calibration import stop_share
 from jobs.runner import run_job
 from jobs.spec import JobSpec
 from serving.steady import Load, batch_size, steady_rows_per_second
-from tests.benchmarks.clockwork import H100, Dealt, Study
+from tests.benchmarks.clockwork import DEFAULTS, H100, Dealt, Study
 from tests.benchmarks.output import (
-    about,
     above_zero,
     check_files,
     console,
+    origin,
     parser_of,
     positive,
     publish_json,
@@ -72,7 +72,7 @@ def _rows(load: Load, seconds: float, speeds: float) -> int:
 
 def _unshared(rows: int, unit_rows: int, long: float, seed: int = 1) -> Callable[[int], Dealt]:
     """Units of rows that share nothing, so each micro-batch is a group; the last of each are long."""
-    draw, batch_rows = random.Random(seed), JobSpec(input="", output="").batch_rows
+    draw, batch_rows = random.Random(seed), DEFAULTS.batch_rows
 
     def deal(unit: int) -> Dealt:
         count = min(unit_rows, rows - unit * unit_rows)
@@ -94,7 +94,7 @@ def study(
     """``replicas`` engines with work for about ``seconds`` of the study's clock, each feeder with lanes of its own."""
     speeds = [1.0 - (1.0 - slowest) * number / max(1, replicas - 1) for number in range(replicas)]
     load = Load(PROMPT_TOKENS + long * (LONG_TOKENS - PROMPT_TOKENS), OUTPUT_TOKENS)
-    rows, unit_rows = _rows(load, seconds, sum(speeds)), JobSpec(input="", output="").rows_per_part
+    rows, unit_rows = _rows(load, seconds, sum(speeds)), DEFAULTS.rows_per_part
     deal = _unshared(rows, unit_rows, long)
     made = Study(speeds, deal, feed=feed, call=call, max_tokens=MAX_TOKENS, feeders=feeders)
     told = made.run([min(unit_rows, rows - start) for start in range(0, rows, unit_rows)])
@@ -141,13 +141,12 @@ def main() -> None:
     if not asked.replicas and not asked.study:
         parser.error("nothing to measure: give --replicas, --study, or both")
     check_files(parser, asked.json, None)
-    options = {"feed": asked.feed, "call": asked.call, "slowest": asked.slowest, "long": asked.long}
-    options |= {"feeders": asked.feeders}
+    options = {name: getattr(asked, name) for name in ("feed", "call", "slowest", "long", "feeders")}
     lines = [measure(count, asked.seconds, asked.feeders) for count in asked.replicas]
     lines += [study(count, asked.seconds, **options) for count in asked.study]
     console().print(shown(lines))
     if asked.json:
-        publish_json(asked.json, about("fleet") | {"lines": lines})
+        publish_json(asked.json, origin("fleet") | {"lines": lines})
 
 
 if __name__ == "__main__":

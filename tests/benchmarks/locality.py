@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from rich.table import Table
 
 from jobs.order import TOKEN_BYTES, cut, grouped, ideal_cached_tokens, prefix_order, sort_key
-from jobs.spec import JobSpec
-from tests.benchmarks.clockwork import H100, Dealt, Study
-from tests.benchmarks.output import about, check_files, console, parser_of, positive, publish_json
+from jobs.sharing import ideal_cached_share, share_inside
+from tests.benchmarks.clockwork import DEFAULTS, H100, Dealt, Study
+from tests.benchmarks.output import check_files, console, origin, parser_of, positive, publish_json
 from tests.benchmarks.peers.inputs import make_prompts, make_rows
 from tests.benchmarks.peers.setting import Setting
 
@@ -88,14 +88,13 @@ def measure(case: Case, shuffled: Prompts, gathered: Prompts, *, block: int, max
         window=case.window,
     )
     told = study.run([len(part) for part in parts])
-    tokens = sum(map(len, shuffled))
-    of_parts = sum(_ideal(part, block) for part in parts) / tokens
-    return asdict(case) | told | {"ideal of all": _ideal(shuffled, block) / tokens, "ideal of parts": of_parts}
+    ideals = {"ideal of all": ideal_cached_share(shuffled, block), "ideal of parts": share_inside(parts, block)}
+    return asdict(case) | told | ideals
 
 
 def dealt(prompts: Prompts, order: str, block: int, max_tokens: int) -> Dealt:
     """A part as ``jobs.unit`` makes it of these prompts."""
-    keys, size = [sort_key(prompt) for prompt in prompts], JobSpec(input="", output="").batch_rows
+    keys, size = [sort_key(prompt) for prompt in prompts], DEFAULTS.batch_rows
     ordered = prefix_order(keys)
     cached = dict(zip(ordered, ideal_cached_tokens(keys, ordered, block), strict=True))
     weights = [float(len(key) // TOKEN_BYTES - cached[row] + max_tokens) for row, key in enumerate(keys)]
@@ -107,12 +106,6 @@ def dealt(prompts: Prompts, order: str, block: int, max_tokens: int) -> Dealt:
         rest = ([batch for batch in group if batch] for group in groups)
         groups = [[rows] for rows in cut_evenly(first, size)] + [group for group in rest if group]
     return Dealt(groups, weights, prompts.__getitem__)
-
-
-def _ideal(prompts: Prompts, block: int) -> int:
-    """Tokens that a cache which forgets nothing has of these prompts."""
-    keys = [sort_key(prompt) for prompt in prompts]
-    return sum(ideal_cached_tokens(keys, prefix_order(keys), block))
 
 
 def shown(lines: list[dict[str, Any]]) -> Table:
@@ -162,7 +155,7 @@ def main() -> None:
         print(f"{len(lines)} of {len(cases(len(rows)))}", file=sys.stderr)
     console().print(shown(lines))
     if asked.json:
-        publish_json(asked.json, about("locality") | {"options": vars(asked) | {"json": None}, "lines": lines})
+        publish_json(asked.json, origin("locality") | {"options": vars(asked) | {"json": None}, "lines": lines})
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def check_files(parser: argparse.ArgumentParser, json_file: Path | None, plot: P
         parser.error(f"--plot needs matplotlib: {error}")
 
 
-def about(name: str) -> dict[str, Any]:
+def origin(name: str) -> dict[str, Any]:
     """The command of ``spanfill bench NAME`` as it was given, and what it was measured on."""
     command = f"spanfill bench {name} {shlex.join(sys.argv[1:])}"
     return {"command": command, "machine": machine(), "versions": versions()}

@@ -14,7 +14,6 @@ all embeddings, which the roofline takes for matrices to multiply with at every 
 
 import argparse
 import json
-import shlex
 import signal
 import subprocess
 import sys
@@ -28,8 +27,7 @@ from serving.engine_args import check_engine_args, is_gpu_build
 from serving.errors import ConfigError
 from tests.benchmarks.gpu.model import FULL, SMALL, Sizes, write_model
 from tests.benchmarks.gpu.report import line_of, roofline_of, table
-from tests.benchmarks.machine import machine, versions
-from tests.benchmarks.output import check_files, console, parser_of, positive, publish_json
+from tests.benchmarks.output import check_files, console, origin, parser_of, positive, publish_json
 from tests.benchmarks.peers.inputs import INPUTS, make_rows, write_rows
 from tests.benchmarks.peers.rounds import Attempt, play
 from tests.benchmarks.peers.setting import Setting
@@ -127,14 +125,11 @@ def _about(options: argparse.Namespace, sizes: Sizes, setting: Setting, hardware
     """What was asked, where, of which versions; the temporary paths are left out."""
     told = {key: value for key, value in asdict(setting).items() if key not in ("rows", "model")}
     arguments = {key: value for key, value in setting.engine_arguments().items() if key != "model"}
-    return {
-        "command": "spanfill bench gpu " + shlex.join(sys.argv[1:]),
+    return origin("gpu") | {
         "seed": options.seed,
         "model": sizes.config() | {"parameters": sizes.shape.parameters, "weights": "random"},
         "setting": told | {"engine_arguments": arguments},
-        "machine": machine(),
         "hardware": hardware,
-        "versions": versions(),
         "inputs": {},
     }
 

@@ -8,7 +8,6 @@ after every attempt; the same command goes on with those that it lacks.
 """
 
 import argparse
-import shlex
 import signal
 import sys
 import tempfile
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.truncation import DEFAULT_PREFIX_ALIGN
-from tests.benchmarks.machine import machine, versions
-from tests.benchmarks.output import check_files, console, parser_of, positive, publish_json
+from tests.benchmarks.output import check_files, console, origin, parser_of, positive, publish_json
 from tests.benchmarks.peers.begun import Rounds, begun
 from tests.benchmarks.peers.check import PAIR, compare
 from tests.benchmarks.peers.contestant import CONTESTANTS
@@ -95,16 +93,13 @@ def _about(options: argparse.Namespace, setting: Setting, rows: int) -> dict[str
     """What was asked, where, of which versions; the temporary paths are left out."""
     told = {key: value for key, value in asdict(setting).items() if key not in ("rows", "model")}
     arguments = {key: value for key, value in setting.engine_arguments().items() if key != "model"}
-    return {
+    return origin("peers") | {
         "input": options.input,
         "rows": rows,
         "contestants": options.contestants,
         "rounds": options.rounds,
         "seed": options.seed,
-        "command": "spanfill bench peers " + shlex.join(sys.argv[1:]),
         "setting": told | {"engine_arguments": arguments, "model": SIZES | {"vocabulary": 51_200, "weights": "random"}},
-        "machine": machine(),
-        "versions": versions(),
     }
 
 
