@@ -1,14 +1,12 @@
 """``--order global``: a copy of the input in which rows that share a prompt's beginning stand together.
 
 Units are stretches of the input, so rows of one source file that an earlier shuffle has scattered over it never meet in
-an engine's prefix cache. One external sort, which DuckDB does on disk when memory is short, brings them together. The
-copy is a file of the job's state; where each row came from goes with it.
+an engine's prefix cache. One external sort brings them together. The copy is a file of the job's state; where each
+row came from goes with it.
 """
 
-import tempfile
 from collections.abc import Iterator
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,14 +14,14 @@ from jobs.digest import as_bytes
 from jobs.ledger import STATE
 from jobs.plan import InputFile, Unit
 from jobs.reader import ORIGIN_FILE, ORIGIN_ROW, InputSet, UnitReader, find_input, inputs_at, is_text
+from jobs.sorting import in_order
 from jobs.spec import JobSpec
 from jobs.store import Location, exists, publish
-from serving.errors import StorageError
 from serving.formats import Format
 
 ROW_GROUP = 8_192
-SORT_MEMORY = "2GB"
-"""What the sort may hold in memory; beyond, it goes to a temporary folder."""
+SORT_MEMORY = 2 << 30
+"""How many bytes the sort may hold in memory; the rest waits in a temporary folder."""
 
 
 def inputs_of(spec: JobSpec, output: Location) -> InputSet:
@@ -50,24 +48,15 @@ def gather(spec: JobSpec, fmt: Format, inputs: InputSet, output: Location) -> No
     if exists(copy):
         return
     schema = _plain(inputs.schema).append(pa.field(ORIGIN_FILE, pa.string())).append(pa.field(ORIGIN_ROW, pa.int64()))
-    reader = pa.RecordBatchReader.from_batches(_sortable(schema), _rows(inputs, schema, spec.limit))
-    with tempfile.TemporaryDirectory(prefix="spanfill-sort-") as folder, duckdb.connect() as database:
-        database.execute(f"SET temp_directory = '{folder}'; SET memory_limit = '{SORT_MEMORY}'")
-        try:
-            ordered = database.from_arrow(reader).order(_keys(spec, fmt, schema)).fetch_record_batch(ROW_GROUP)
-            with publish(copy) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
-                for batch in ordered:
-                    writer.write_batch(_restored(batch, schema), row_group_size=ROW_GROUP)
-        except duckdb.Error as error:
-            raise StorageError(
-                f"the input cannot be sorted: {error}.", remedy="Give TMPDIR more room, or leave --order global out."
-            ) from error
+    ordered = in_order(_rows(inputs, schema, spec.limit), _sortable(schema), _keys(spec, fmt, schema), SORT_MEMORY)
+    with publish(copy) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+        for rows in ordered:
+            writer.write_table(_restored(rows, schema), row_group_size=ROW_GROUP)
 
 
-def _keys(spec: JobSpec, fmt: Format, schema: pa.Schema) -> str:
+def _keys(spec: JobSpec, fmt: Format, schema: pa.Schema) -> list[str]:
     roles = [spec.column(role) for role in fmt.text_order]
-    names = [*(role for role in roles if role in schema.names), ORIGIN_FILE, ORIGIN_ROW]
-    return ", ".join('"' + name.replace('"', '""') + '"' for name in names)
+    return [*(role for role in roles if role in schema.names), ORIGIN_FILE, ORIGIN_ROW]
 
 
 def _rows(inputs: InputSet, schema: pa.Schema, limit: int | None) -> Iterator[pa.RecordBatch]:
@@ -85,20 +74,27 @@ def _with_origin(batch: pa.RecordBatch, schema: pa.Schema, file: InputFile, firs
     columns = [batch.column(name) for name in batch.schema.names]
     columns.append(pa.array([file.name] * batch.num_rows))
     columns.append(pa.array(range(first, first + batch.num_rows)))
-    return pa.record_batch([as_bytes(c) if is_text(c.type) else c for c in columns], schema=_sortable(schema))
+    fields = _sortable(schema)
+    return pa.record_batch([_plain_values(c, f.type) for c, f in zip(columns, fields, strict=True)], schema=fields)
+
+
+def _plain_values(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    if column.type == kind:
+        return column
+    return as_bytes(column) if is_text(column.type) else column.cast(kind)
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
-    """The schema with dictionary and view columns of text made plain."""
+    """The schema with dictionaries and views of text and views of bytes, which pyarrow cannot sort, made plain."""
     fields = [f.with_type(pa.large_string()) if is_text(f.type) else f for f in schema]
+    fields = [f.with_type(pa.large_binary()) if pa.types.is_binary_view(f.type) else f for f in fields]
     return pa.schema([f.with_nullable(True) for f in fields])
 
 
 def _sortable(schema: pa.Schema) -> pa.Schema:
-    """Text as bytes: DuckDB refuses text that is not UTF-8, and a bad row is to become an error row."""
+    """Text as bytes: text that is not UTF-8 has no order otherwise, and a bad row is to become an error row."""
     return pa.schema([f.with_type(pa.large_binary()) if is_text(f.type) else f for f in schema])
 
 
-def _restored(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    columns = [batch.column(f.name).cast(f.type, safe=False) for f in schema]
-    return pa.record_batch(columns, schema=schema)
+def _restored(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    return pa.table([rows.column(f.name).cast(f.type, safe=False) for f in schema], schema=schema)

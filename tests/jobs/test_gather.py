@@ -41,6 +41,21 @@ def test_rows_are_sorted_by_their_prompts_beginning_whatever_holds_the_text(
     assert set(found.column(ORIGIN_FILE).to_pylist()) == {"rows.parquet"}
 
 
+def test_columns_that_are_kept_keep_their_types(write_rows: WriteRows, tmp_path: Path) -> None:
+    source = write_rows(
+        prefix=["b", "a"],
+        uuid=pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"1" * 16, b"2" * 16], pa.binary(16))),
+        nothing=pa.nulls(2),
+        took=pa.array([1, 2], pa.duration("ms")),
+        price=pa.array([1, 2]).cast(pa.decimal256(50, 2)),
+        tags=[[{"name": "x"}], []],
+    )
+    given, found = pq.read_table(source), gathered(source, tmp_path / "out")
+    for name in ("uuid", "nothing", "took", "price", "tags"):
+        assert found.schema.field(name).type == given.schema.field(name).type
+        assert found.column(name).to_pylist() == given.column(name).to_pylist()[::-1]
+
+
 def test_text_that_is_not_utf8_stays_as_it_is(write_rows: WriteRows, tmp_path: Path) -> None:
     offsets, data = pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0])), pa.py_buffer(b"b\xff")
     broken = pa.Array.from_buffers(pa.string(), 2, [None, offsets, data])
