@@ -13,10 +13,10 @@ SEATS = 8
 """One of so many places in an engine's batch is kept free of batch rows, and one of so many blocks of its KV cache:
 whoever comes finds room at once."""
 
-STEP_TOKENS = 512
+STEP_TOKENS = 256
 """Prompt tokens of batch rows that a step computes while nobody is served: whoever comes waits until it has ended.
 
-Some hundred tokens keep a GPU as busy as thousands do, since computing them takes longer than reading the weights.
+Computing them takes a GPU about as long as reading the weights, which a step does anyway; with fewer it would idle.
 """
 
 
