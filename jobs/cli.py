@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from jobs import score_cli, serve_cli, tenants_cli
+from jobs import bench_cli, score_cli, serve_cli, tenants_cli, tune_cli
 from jobs.options import (
     EXIT_ERROR_ROWS,
     FormatName,
@@ -36,8 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-bench = typer.Typer(help="Measure spanfill on this machine.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
+app.add_typer(bench_cli.bench, name="bench")
 app.add_typer(tenants_cli.tenants, name="tenants")
 app.add_typer(tenants_cli.keys, name="keys")
 
@@ -159,6 +158,7 @@ def run(
 
 app.command(epilog=score_cli.EXAMPLE)(score_cli.score)
 app.command(epilog=serve_cli.EXAMPLE)(serve_cli.serve)
+app.command(epilog=tune_cli.EXAMPLE)(tune_cli.tune)
 
 
 def summary(manifest: dict[str, Any], spec: "JobSpec") -> None:
@@ -424,127 +424,6 @@ def demo(
     for number in range(min(DEMO_INFILLS, manifest["rows"])):
         for shown in shown_rows(output, row=number * manifest["rows"] // DEMO_INFILLS):
             console.print(shown, **EXACTLY)
-
-
-@app.command(epilog="Example: spanfill tune --input pairs.parquet --model demo-codegen25 --output engine.yaml")
-def tune(
-    input: Annotated[str | None, typer.Option(help="Parquet file, folder, glob or URI.")] = None,  # noqa: A002
-    output: Annotated[
-        Path, typer.Option(help="The YAML file to write, for `run --job`.", dir_okay=False, writable=True)
-    ] = Path("engine.yaml"),
-    job: Annotated[Path | None, typer.Option(help="A YAML file of the options of run; flags win over it.")] = None,
-    rows: Annotated[
-        int | None, typer.Option(help="Rows of the sample (default: 256; with vLLM's build for GPUs 2,048).", min=2)
-    ] = None,
-    minutes: Annotated[float, typer.Option(help="Begin no trial after so long.", min=0)] = 15.0,
-    model: Annotated[str | None, typer.Option(help="Known name, folder or hub id (default: demo-codegen25).")] = None,
-    format: FormatName = None,  # noqa: A002
-    engine_arg: Annotated[list[str] | None, typer.Option(help="Part of the baseline, KEY=VALUE; repeatable.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most (default: 128).")] = None,
-    replicas: Annotated[int | None, typer.Option(help="Engines side by side (default: 1).")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME; repeatable.")] = None,
-    json_: Json = False,
-) -> None:
-    """Try engine settings on a sample of your rows, one engine start each, and write the best to a file."""
-    from jobs.progress import Display
-    from jobs.search import Tuning
-    from jobs.spec import parse_spec
-    from jobs.tune import table, told, write_report
-    from jobs.tune import tune as find
-    from serving.config import read_yaml
-
-    given = (read_yaml(job) if job else {}) | {"output": "."} | present(
-        input=input, model=model, format=format, max_tokens=max_tokens, replicas=replicas,
-        engine_args=scalars_of(pairs_of(engine_arg, "--engine-arg")), columns=pairs_of(column, "--column"),
-    )  # fmt: skip
-    spec = parse_spec(given)
-    with redirect_stdout(sys.stderr), Display() as display:
-        notice(spec.model, display.console, engine=spec.engine)
-
-        def tell(so_far: Tuning) -> None:
-            write_report(output, so_far, source=spec.input)
-            display.say(f"{so_far.trials[-1].setting}: {told(so_far.trials[-1], so_far)}")
-
-        found = find(spec, rows=rows, minutes=minutes, watcher=display, tell=tell)
-        write_report(output, found, source=spec.input)
-    if json_:
-        print(json.dumps(found.as_dict()))
-    else:
-        Console().print(table(found))
-        Console(stderr=True).print(f"use it with: spanfill run --job {output} ...", highlight=False)
-
-
-@bench.command(name="feed", epilog="Example: spanfill bench feed --rows 50000 --json")
-def bench_feed(
-    rows: Annotated[int, typer.Option(help="Rows; 60,000 at most are prepared while engines start.", min=1)] = 200_000,
-    row_bytes: Annotated[int, typer.Option(help="Bytes of prefix and suffix together.", min=16, max=1 << 20)] = 2_048,
-    replicas: Annotated[int, typer.Option(help="Instant engines.", min=1)] = 1,
-    feeders: Annotated[int, typer.Option(help="Processes that read and write, as for run.", min=1)] = 2,
-    json_: Json = False,
-) -> None:
-    """Rows a second of everything but the model: Parquet, tokenizer, order, Ray Serve, Parquet (instant engine)."""
-    from jobs.bench import feed
-
-    with redirect_stdout(sys.stderr):
-        result = feed(rows=rows, row_bytes=row_bytes, replicas=replicas, feeders=feeders)
-    if json_:
-        print(json.dumps(result))
-    else:
-        Console().print(
-            f"{result['rows_per_second']:,.0f} rows/s over {rows:,} rows of {row_bytes} bytes (instant engine), "
-            f"{result['steady_rows_per_second']:,.0f} without those prepared while it started"
-        )
-        told = ", ".join(f"{work} {seconds:.3f}" for work, seconds in result["cpu_seconds_per_1000_rows"].items())
-        Console().print(f"CPU seconds of 1,000 rows: {told}")
-
-
-def _clone_benchmark(name: str, about: str, example: str) -> None:
-    """Add a benchmark that is part of a clone, not of the package; its own ``--help`` tells its options."""
-
-    def passed_on(context: typer.Context) -> None:
-        from jobs.bench import from_clone
-
-        raise typer.Exit(from_clone(f"tests.benchmarks.{name}", context.args))
-
-    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    bench.command(name=name, help=about, context_settings=settings, epilog=f"Example: {example}")(passed_on)
-
-
-_clone_benchmark(
-    "peers",
-    "spanfill beside bare vLLM, Ray Data LLM, run-batch and transformers; from a clone only, --help tells more.",
-    "spanfill bench peers --input spans100 --json spans100.json --plot spans100.svg",
-)
-_clone_benchmark(
-    "align",
-    "What --prefix-align is worth: sharing, speed and quality of the demo model; from a clone only.",
-    "spanfill bench align --json align.json --plot align.svg",
-)
-_clone_benchmark(
-    "fleet",
-    "Whether this machine keeps many simulated H100s full; from a clone only.",
-    "spanfill bench fleet --replicas 4 16 --study 64",
-)
-_clone_benchmark(
-    "locality",
-    "What order, part size, replicas and KV cache do to prefix sharing, on simulated engines; from a clone only.",
-    "spanfill bench locality --json locality.json",
-)
-_clone_benchmark(
-    "loads",
-    "How long people wait beside a job on the same engines, and what the job keeps of its speed; from a clone only.",
-    "spanfill bench loads --engine simulated --rate 2 --seconds 120 --json loads.json",
-)
-_clone_benchmark(
-    "gateway",
-    "What HTTP costs beside a call of a replica's handle, and 200 streams at once; from a clone only.",
-    "spanfill bench gateway --streams 200 --seconds 60 --json gateway.json",
-)
-_clone_benchmark(
-    "gpu",
-    "CodeGen2.5-7B's full size with random weights on one GPU, beside bare vLLM and the roofline; from a clone only.",
-    "spanfill bench gpu --json gpu.json",
-)
 
 
 if __name__ == "__main__":
