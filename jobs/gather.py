@@ -5,7 +5,11 @@ an engine's prefix cache. One external sort brings them together. The copy is a 
 row came from goes with it.
 """
 
-from collections.abc import Iterator
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,19 +43,35 @@ def _copy(output: Location) -> Location:
     return output.join(STATE, "gathered.parquet")
 
 
-def gather(spec: JobSpec, fmt: Format, inputs: InputSet, output: Location) -> None:
+def gather(
+    spec: JobSpec, fmt: Format, inputs: InputSet, output: Location, *, check: Callable[[], None] = lambda: None
+) -> None:
     """Write the gathered copy unless it is there.
 
-    It is sorted by what comes first in a prompt of this format. Raises ``StorageError`` when it cannot be written.
+    It is sorted by what comes first in a prompt of this format. ``check`` is called between any two
+    steps, and may raise. Raises ``InputChangedError``, and ``StorageError`` when the copy cannot be sorted or written.
     """
     copy = _copy(output)
     if exists(copy):
         return
     schema = _plain(inputs.schema).append(pa.field(ORIGIN_FILE, pa.string())).append(pa.field(ORIGIN_ROW, pa.int64()))
-    ordered = in_order(_rows(inputs, schema, spec.limit), _sortable(schema), _keys(spec, fmt, schema), SORT_MEMORY)
-    with publish(copy) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
-        for rows in ordered:
-            writer.write_table(_restored(rows, schema), row_group_size=ROW_GROUP)
+    rows, keys, folder = _rows(inputs, schema, spec.limit), _keys(spec, fmt, schema), _sorting_folder(output)
+    ordered = in_order(rows, _sortable(schema), keys, memory=SORT_MEMORY, folder=folder, check=check)
+    with (
+        closing(ordered),
+        publish(copy) as stream,
+        pq.ParquetWriter(stream, schema, compression="zstd") as writer,
+    ):
+        for table in ordered:
+            writer.write_table(_restored(table, schema), row_group_size=ROW_GROUP)
+
+
+def _sorting_folder(output: Location) -> Path:
+    """In the job's state; of a job in an object store in ``TMPDIR``, where the job finds it again after a kill."""
+    if output.is_local:
+        return Path(output.join(STATE, ".sort.tmp").path)
+    name = hashlib.blake2b(output.uri.encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir(), f"spanfill-sort-{name}")
 
 
 def _keys(spec: JobSpec, fmt: Format, schema: pa.Schema) -> list[str]:
@@ -85,10 +105,23 @@ def _plain_values(column: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
-    """The schema with dictionaries and views of text and views of bytes, which pyarrow cannot sort, made plain."""
-    fields = [f.with_type(pa.large_string()) if is_text(f.type) else f for f in schema]
-    fields = [f.with_type(pa.large_binary()) if pa.types.is_binary_view(f.type) else f for f in fields]
+    """The schema with dictionaries of text, and with views, which pyarrow cannot sort, made plain."""
+    fields = [f.with_type(pa.large_string() if is_text(f.type) else _without_views(f.type)) for f in schema]
     return pa.schema([f.with_nullable(True) for f in fields])
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind.fields])
+    if pa.types.is_map(kind):
+        return pa.map_(_without_views(kind.key_type), _without_views(kind.item_type))
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
+    return kind
 
 
 def _sortable(schema: pa.Schema) -> pa.Schema:

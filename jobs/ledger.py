@@ -1,6 +1,7 @@
 """The job's folder: whose it is, what is planned, what is done. All state is files that are published whole."""
 
 import json
+import shutil
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,7 +145,10 @@ class Ledger:
         """What killed writers left half written on a disk; an object store shows no such thing."""
         if self.output.is_local:
             for path in Path(self._state("").path).rglob(".*.tmp"):
-                path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
 
     def probe(self) -> None:
         """Write and remove a small file; raises ``StorageError``."""

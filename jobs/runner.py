@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -69,12 +69,12 @@ class Watcher:
 
 @dataclass
 class _Run:
-    """What the steps of one run share."""
+    """What the steps of one run share; ``check`` raises what asks it to stop, a signal or a lost lease."""
 
     job: Job
     ledger: Ledger
     lease: Lease
-    signals: Signals
+    check: Callable[[], None]
     watcher: Watcher
     progress: Progress
     recheck: Recheck
@@ -82,11 +82,6 @@ class _Run:
     finished: Tally = field(default_factory=Tally)
     ran: float = 0.0
     told: dict[str, Any] = field(default_factory=dict)
-
-    def check(self) -> None:
-        """Raise what asks the run to stop: a signal, a lost lease."""
-        self.signals.check()
-        self.lease.check()
 
 
 def run_job(spec: JobSpec, *, watcher: Watcher | None = None, startup: StartUp | None = None) -> dict[str, Any]:
@@ -116,20 +111,25 @@ def _run(
     job: Job, ledger: Ledger, lease: Lease, signals: Signals, watcher: Watcher, startup: StartUp
 ) -> dict[str, Any]:
     started = time.monotonic()
-    job, units, begun = _plan(job, ledger, watcher)
+
+    def check() -> None:
+        signals.check()
+        lease.check()
+
+    job, units, begun = _plan(job, ledger, watcher, check)
     done = ledger.done()
     earlier = [unit for unit in units if unit.index in done]
     left = deque(unit for unit in units if unit.index not in done)
     progress = Progress(job.total_rows, resumed_rows=_rows_done(ledger, earlier, left))
     if begun:
-        check_inputs(ledger, units, job, signals.check)
+        check_inputs(ledger, units, job, check)
         watcher.say(f"resuming: {len(earlier)} of {len(units)} parts are done")
     if left:
         ledger.withdraw_manifest()
     lease.tell(total=progress.total, rows=progress.resumed_rows, rows_per_second=0.0, error_codes={})
     recheck = Recheck(ledger, earlier)
     startup.reached("plan")
-    run = _Run(job, ledger, lease, signals, watcher, progress, recheck, startup)
+    run = _Run(job, ledger, lease, check, watcher, progress, recheck, startup)
     try:
         while left or _redo(run, left, recheck.wait(run.check)):
             _feed(run, left)
@@ -158,7 +158,7 @@ def _rows_done(ledger: Ledger, earlier: Sequence[Unit], left: Iterable[Unit]) ->
     return sum(unit.rows for unit in earlier if unit.retries < 0) - again
 
 
-def _plan(job: Job, ledger: Ledger, watcher: Watcher) -> tuple[Job, list[Unit], bool]:
+def _plan(job: Job, ledger: Ledger, watcher: Watcher, check: Callable[[], None]) -> tuple[Job, list[Unit], bool]:
     """Take the folder for the job and give the job with the rows that its units count, and whether it had begun."""
     spec = job.spec
     with writing_is_possible():
@@ -166,7 +166,7 @@ def _plan(job: Job, ledger: Ledger, watcher: Watcher) -> tuple[Job, list[Unit], 
         ledger.probe()
         if spec.order == "global":
             watcher.say("gathering rows that share a prompt's beginning")
-            gather(spec, load_format(job.format_name, tokenizer_of=spec.model), job.inputs, job.output)
+            gather(spec, load_format(job.format_name, tokenizer_of=spec.model), job.inputs, job.output, check=check)
             job = replace(job, inputs=replace(inputs_of(spec, job.output), ignored=job.inputs.ignored))
         planned = plan_units(job.inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
         units = ledger.plan(job.inputs.files, planned)

@@ -5,10 +5,10 @@ from Parquet goes through such a file unchanged. (DuckDB, from 1.4 to 2.0, canno
 its memory limit, and does not know all of Arrow's types.)
 """
 
-import tempfile
+import shutil
 import uuid
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,37 +27,59 @@ COPIES = 4
 
 
 def in_order(
-    batches: Iterable[pa.RecordBatch], schema: pa.Schema, keys: Sequence[str], memory: int
-) -> Iterator[pa.Table]:
+    batches: Iterable[pa.RecordBatch],
+    schema: pa.Schema,
+    keys: Sequence[str],
+    *,
+    memory: int,
+    folder: Path,
+    check: Callable[[], None] = lambda: None,
+) -> Generator[pa.Table, None, None]:
     """All rows, sorted by ``keys`` (columns of bytes, text or whole numbers; nulls last), in tables of some megabytes.
 
     ``memory`` is in bytes; only where single batches or rows are large beside it is more taken. Rows that agree in
-    all keys come in any order. Raises ``StorageError`` when the temporary folder (``TMPDIR``) cannot hold the rows.
+    all keys come in any order. ``folder`` is for the sort alone: what is there goes first, and all of it at the end.
+    ``check`` is called between any two steps, and may raise. Raises ``StorageError`` when the folder cannot hold the
+    rows.
     """
-    with tempfile.TemporaryDirectory(prefix="spanfill-sort-") as folder:
-        sort = _Sort(Path(folder), schema, keys, memory // COPIES)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        sort = _Sort(folder, schema, keys, memory // COPIES, check)
         runs = [sort.run([rows]) for rows in sort.stretches(batches)]
         while len(runs) > FAN_IN:
             few = min(FAN_IN, len(runs) - FAN_IN + 1)
             runs = [*runs[few:], sort.run(sort.merged(runs[:few]))]
-        yield from sort.merged(runs)
+        for table in sort.merged(runs):
+            yield from sort.blocks(table)
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).strip().rstrip(".").splitlines()[0]
+        raise StorageError(
+            f"the input cannot be sorted in {folder}: {reason}.", remedy="Give it room, or leave --order global out."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Sort:
     """What all runs of one sort have in common."""
 
-    def __init__(self, folder: Path, schema: pa.Schema, keys: Sequence[str], run_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, schema: pa.Schema, keys: Sequence[str], run_bytes: int, check: Callable[[], None]
+    ) -> None:
         self._folder = folder
         self._schema = schema
         self._keys = keys
         self._run_bytes = run_bytes
         self._block_bytes = run_bytes // FAN_IN
+        self._check = check
 
     def stretches(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
         """As many rows at once as make a run, sorted."""
         held: list[pa.RecordBatch] = []
         size = 0
         for batch in batches:
+            self._check()
             held.append(batch)
             size += batch.nbytes
             if size >= self._run_bytes:
@@ -67,19 +89,23 @@ class _Sort:
             yield self._sorted(pa.Table.from_batches(held, self._schema))
 
     def run(self, tables: Iterable[pa.Table]) -> Path:
-        """Sorted rows as a file whose row groups are of some megabytes."""
+        """Sorted rows as a file, a row group for each block."""
         path = self._folder / uuid.uuid4().hex
-        plain = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
-        try:
-            with pq.ParquetWriter(path, self._schema, **plain) as writer:
-                for table in tables:
-                    writer.write_table(table, row_group_size=self._block_rows(table))
-        except OSError as error:
-            raise StorageError(
-                f"the input cannot be sorted in {self._folder.parent}: {error}.",
-                remedy="Give TMPDIR more room, or leave --order global out.",
-            ) from error
+        plain = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
+        with pq.ParquetWriter(path, self._schema, **plain) as writer:
+            for table in tables:
+                for block in self.blocks(table):
+                    writer.write_table(block, row_group_size=len(block))
         return path
+
+    def blocks(self, table: pa.Table) -> Iterator[pa.Table]:
+        """The table in pieces of a block's bytes at most, or of one row."""
+        if len(table) <= 1 or table.nbytes <= self._block_bytes:
+            yield table
+            return
+        middle = len(table) // 2
+        yield from self.blocks(table[:middle])
+        yield from self.blocks(table[middle:])
 
     def merged(self, runs: Sequence[Path]) -> Iterator[pa.Table]:
         """The rows of all runs, sorted; the files are removed as they are read to their end.
@@ -89,6 +115,7 @@ class _Sort:
         sources = [self._blocks(run) for run in runs]
         heads = [next(source, None) for source in sources]
         while ends := [self._key(head, len(head) - 1) for head in heads if head is not None]:
+            self._check()
             end, told = min(ends), []
             for index, (head, source) in enumerate(zip(heads, sources, strict=True)):
                 if head is not None:
@@ -102,10 +129,6 @@ class _Sort:
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group)
         run.unlink()
-
-    def _block_rows(self, table: pa.Table) -> int:
-        rows: int = len(table) * self._block_bytes // max(1, table.nbytes)
-        return max(1, rows)
 
     def _sorted(self, table: pa.Table) -> pa.Table:
         whole = table.combine_chunks()

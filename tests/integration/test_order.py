@@ -1,6 +1,7 @@
 """Which rows meet in an engine's prefix cache, and that it changes nothing but the speed."""
 
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from jobs import JobSpec, run_job
 from jobs.verify import verify
-from tests.runs import rows
+from tests.runs import rows, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("cluster")]
 FILES, SPANS = 12, 20
@@ -78,6 +79,27 @@ def test_a_job_begun_anew_gathers_its_new_input(tmp_path: Path) -> None:
         pq.write_table(pa.table({"prefix": [f"{text} b", f"{text} a"], "suffix": ["", ""]}), tmp_path / "rows.parquet")
         _, infills = run(tmp_path / "rows.parquet", tmp_path / "out", order="global", overwrite=True)
         assert sorted(prefix for prefix, _, _ in infills.values()) == [f"{text} a", f"{text} b"]
+
+
+def test_a_job_stops_while_it_gathers_and_gathers_anew_after_a_kill(tmp_path: Path) -> None:
+    source, output, draw = tmp_path / "rows.parquet", tmp_path / "out", random.Random(0)
+    prefixes = [draw.randbytes(10_000).hex() for _ in range(15_000)]
+    pq.write_table(pa.table({"prefix": prefixes, "suffix": [""] * len(prefixes)}), source, row_group_size=500)
+    state = output / "_spanfill"
+    command = ("--input", source, "--output", output, "--order", "global", "--engine", "instant")
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        with running(tmp_path / "log", *command) as job:
+            job.until(lambda: any((state / ".sort.tmp").glob("*")))
+            job.process.send_signal(number)
+            assert job.wait(10) == code
+        assert not (state / "gathered.parquet").exists()
+        assert (state / ".sort.tmp").exists() == (number == signal.SIGKILL)
+    with running(tmp_path / "log", *command) as job:
+        job.until((state / "gathered.parquet").exists)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 143
+    assert not (state / ".sort.tmp").exists()
+    assert pq.read_table(state / "gathered.parquet").column("prefix").to_pylist() == sorted(prefixes)
 
 
 def test_an_input_that_changed_after_its_rows_were_gathered_is_noticed(tmp_path: Path) -> None:

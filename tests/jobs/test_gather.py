@@ -1,5 +1,6 @@
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,11 +50,13 @@ def test_columns_that_are_kept_keep_their_types(write_rows: WriteRows, tmp_path:
         took=pa.array([1, 2], pa.duration("ms")),
         price=pa.array([1, 2]).cast(pa.decimal256(50, 2)),
         tags=[[{"name": "x"}], []],
+        views=pa.array([["x"], None], pa.list_(pa.string_view())),
     )
     given, found = pq.read_table(source), gathered(source, tmp_path / "out")
     for name in ("uuid", "nothing", "took", "price", "tags"):
         assert found.schema.field(name).type == given.schema.field(name).type
         assert found.column(name).to_pylist() == given.column(name).to_pylist()[::-1]
+    assert found.column("views").to_pylist() == [None, ["x"]]
 
 
 def test_text_that_is_not_utf8_stays_as_it_is(write_rows: WriteRows, tmp_path: Path) -> None:
@@ -61,6 +64,25 @@ def test_text_that_is_not_utf8_stays_as_it_is(write_rows: WriteRows, tmp_path: P
     broken = pa.Array.from_buffers(pa.string(), 2, [None, offsets, data])
     found = gathered(write_rows(prefix=broken), tmp_path / "out")
     assert found.column("prefix").cast(pa.large_binary()).to_pylist() == [b"b", b"\xff"]
+
+
+def test_a_job_in_an_object_store_sorts_in_the_temporary_folder(
+    write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    output = locate(f"memory://{uuid4().hex}/out")
+    spec = JobSpec(input=str(write_rows(prefix=["b", "a"])), output=output.uri, order="global")
+    seen: list[str] = []
+
+    def look() -> None:
+        seen.extend(path.name for path in (tmp_path / "temporary").iterdir())
+
+    gather(spec, load_format("codegen25"), inputs_of(spec, output), output, check=look)
+    (file,) = inputs_of(spec, output).files
+    assert file.rows == 2
+    assert {name[:14] for name in seen} == {"spanfill-sort-"}
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_a_limit_and_a_column_with_quotes_in_its_name(write_rows: WriteRows, tmp_path: Path) -> None:
