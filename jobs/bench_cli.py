@@ -75,6 +75,11 @@ _clone_benchmark(
     "spanfill bench loads --engine simulated --rate 2 --seconds 120 --json loads.json",
 )
 _clone_benchmark(
+    "two_loads",
+    "The same on the clock of one simulated H100, without processes and HTTP; from a clone only.",
+    "spanfill bench two_loads --rates 1 2 4 --seeds 3",
+)
+_clone_benchmark(
     "gateway",
     "What HTTP costs beside a call of a replica's handle, and 200 streams at once; from a clone only.",
     "spanfill bench gateway --streams 200 --seconds 60 --json gateway.json",

@@ -13,7 +13,7 @@ from jobs.journal import Journal
 from jobs.plan import InputFile, Unit, dump_plan, load_plan
 from jobs.store import Location, delete, delete_folder, exists, list_files, publish_bytes, read_bytes
 from jobs.tally import Tally
-from serving.errors import DamagedStateError, OutputError, StorageError, VersionError
+from serving.errors import DamagedStateError, OtherJobError, OutputError, StorageError, VersionError
 
 FORMAT_VERSION = 5
 STATE = "_spanfill"
@@ -94,7 +94,7 @@ class Ledger:
         job = read_job(self.output)
         if job["fingerprint"] != self.fingerprint:
             names = ", ".join(differing(job["identity"], identity)) or "versions"
-            raise OutputError(
+            raise OtherJobError(
                 f"{self.output} belongs to another job; different: {names}.",
                 remedy="Choose another --output, or start anew with --overwrite.",
             )

@@ -230,7 +230,7 @@ def check_roles(schema: pa.Schema, roles: dict[str, str], *, wanted: Collection[
             if role in wanted:
                 raise InputError(
                     f"column {name} is missing; the input has {', '.join(schema.names)}.",
-                    remedy=f"Name the column that holds it: --column {role}=NAME.",
+                    remedy=f"Name the column that holds it: --column {role}=NAME, over HTTP columns: {{{role}: NAME}}.",
                 )
             continue
         kind = schema.field(name).type

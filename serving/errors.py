@@ -61,6 +61,12 @@ class OutputError(UsageError):
     code = "bad_output"
 
 
+class OtherJobError(OutputError):
+    """The output folder belongs to another job, whose infills were made otherwise."""
+
+    code = "other_job"
+
+
 class JobHeldError(OutputError):
     """Another runner, still alive, holds the output folder's lease."""
 

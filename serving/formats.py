@@ -49,6 +49,7 @@ class FormatSpec:
 
 
 _MASK = (P, "<mask_1>", S, "<|endoftext|>", "<sep>", "<mask_1>")
+_MASK_STOPS = ("<|endoftext|>", "<sep>", "<mask_2>")
 _FIM = ("<fim_prefix>", P, "<fim_suffix>", S, "<fim_middle>")
 _FIM_STOPS = ("<file_sep>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>")
 _BAR_FIM = ("<|fim_prefix|>", P, "<|fim_suffix|>", S, "<|fim_middle|>")
@@ -57,10 +58,8 @@ _BAR_STOPS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>
 FORMATS: dict[str, FormatSpec] = {
     spec.name: spec
     for spec in (
-        FormatSpec(
-            CODEGEN25, _MASK, "<eom>", "hf.co/Salesforce/codegen25-7b-multi_P, README", ("<|endoftext|>", "<sep>")
-        ),
-        FormatSpec("codegen2", _MASK, "<eom>", "hf.co/Salesforce/codegen2-7B_P, README", ("<|endoftext|>", "<sep>")),
+        FormatSpec(CODEGEN25, _MASK, "<eom>", "hf.co/Salesforce/codegen25-7b-multi_P, README", _MASK_STOPS),
+        FormatSpec("codegen2", _MASK, "<eom>", "hf.co/Salesforce/codegen2-7B_P, README", _MASK_STOPS),
         FormatSpec("starcoder", _FIM, "<|endoftext|>", "hf.co/bigcode/starcoder, README", _FIM_STOPS),
         FormatSpec("starcoder2", _FIM, "<|endoftext|>", "hf.co/bigcode/starcoder2-15b, discussion 6", _FIM_STOPS),
         FormatSpec(
@@ -184,7 +183,8 @@ class Format:
             raise FormatError(
                 f"format {spec.name} begins with BOS, which the tokenizer lacks.", remedy="Choose another model."
             )
-        self.stop_token_ids = tuple(dict.fromkeys([self._end, *self._known_stops()]))
+        # Text ends at any control token: a model that begins another prompt by itself need not go on with it.
+        self.stop_token_ids = tuple(dict.fromkeys([self._end, *self._known_stops(), *self._ids.values()]))
         self._head = [tokenizer.bos_id] if spec.bos and tokenizer.bos_id is not None else []
         self._marker = tokenizer.encode(MARKER) if spec.sentencepiece else []
         begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id

@@ -55,7 +55,7 @@ class BatchErrors(BaseModel):
 
 
 class RequestCounts(BaseModel):
-    """Lines; while the batch runs, the prompts that are done."""
+    """Lines; while the batch runs, as many as the share of its prompts that are done."""
 
     total: int = 0
     completed: int = 0

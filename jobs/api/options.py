@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.spec import JobSpec
 from serving.api.fields import MOST_STOPS, Flag, Integer, Name, Number, Penalty, Repetition, Share, StopWord
+from serving.errors import ConfigError
 
 MOST_SAMPLES = 128
 MOST_COLUMNS = 1_000
@@ -53,5 +54,8 @@ class JobOptions(BaseModel):
     def chosen(self) -> dict[str, Any]:
         """What is not left out; raises ``ConfigError`` for what does not go together."""
         chosen = self.model_dump(mode="json", exclude_none=True)
-        JobSpec.parse({**chosen, "input": "input", "output": "output"}, where="options")
+        try:
+            JobSpec.parse({**chosen, "input": "input", "output": "output"}, where="options")
+        except ConfigError as error:
+            raise ConfigError(error.message, remedy=f"Options: {', '.join(JobOptions.model_fields)}.") from None
         return chosen

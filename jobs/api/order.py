@@ -25,7 +25,7 @@ GRACE_SECONDS = 45.0
 
 
 class Order(Frozen):
-    """A work as its process is told of it; it is written once, so that every process of the work is told the same.
+    """A work as its process is told of it; all that the work itself says is the same for every process of the work.
 
     ``app`` is the application whose replicas do it, ``engine`` the fields of a spec that name theirs, ``source`` a path
     or URI. ``began`` is in seconds since 1970. ``weight`` is the tenant's share when the work was asked for.
@@ -84,9 +84,14 @@ class LineError(Frozen):
 
 
 class Plan(Frozen):
-    """A batch that was read: its lines, and the jobs that they make. With ``errors`` nothing is run."""
+    """A batch that was read: its lines, and the jobs that they make. With ``errors`` nothing is run.
+
+    ``asking`` lines have ``prompts`` together; the others are refused as they are.
+    """
 
     total: int = 0
+    asking: int = 0
+    prompts: int = 0
     groups: tuple[Options, ...] = ()
     errors: tuple[LineError, ...] = ()
 

@@ -69,22 +69,24 @@ def group_results(spec: JobSpec, fmt: Format, context: int, columns: Sequence[st
     done, journals = ledger.done(), _Journals(spec, fmt, context, columns, ledger)
     for unit in ledger.planned():
         if unit.index in done:
-            yield from heapq.merge(_finished(ledger, unit), _failed(ledger, unit), key=lambda row: row.place)
+            finished = _finished(ledger, unit, spec.max_tokens)
+            yield from heapq.merge(finished, _failed(ledger, unit), key=lambda row: row.place)
         else:
             yield from journals.rows(unit)
 
 
-def _finished(ledger: Ledger, unit: Unit) -> Iterator[RowResult]:
+def _finished(ledger: Ledger, unit: Unit, max_tokens: int) -> Iterator[RowResult]:
     rows = _rows(ledger.part(unit.index), PART_COLUMNS)
     for place, found in groupby(rows, key=lambda row: (row["line"], row["prompt"])):
         samples = list(found)
-        made = tuple(map(_made_of_part, samples))
+        made = tuple(_made_of_part(sample, max_tokens) for sample in samples)
         yield RowResult(*place, samples[0]["prompt_tokens"], made)
 
 
-def _made_of_part(row: dict[str, Any]) -> Made:
+def _made_of_part(row: dict[str, Any], max_tokens: int) -> Made:
+    """A sample that reached its length was not ended by a stop token, though its text may end at a control token."""
     reason = row["finish_reason"]
-    return Made(row["infill"], reason, row["completion_tokens"] + (reason in STOP_REASONS))
+    return Made(row["infill"], reason, min(max_tokens, row["completion_tokens"] + (reason in STOP_REASONS)))
 
 
 def _failed(ledger: Ledger, unit: Unit) -> Iterator[RowResult]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.api.metered import finished_units
 from jobs.api.office import Office
-from jobs.api.order import EXIT_HELD, Cut, Mode, Outcome, Plan, Problem, UnitUsage
+from jobs.api.order import EXIT_HELD, Cut, Mode, Order, Outcome, Plan, Problem, UnitUsage
 from jobs.api.parts import part_files
 from jobs.api.process import WorkProcess
 from jobs.api.queue import Status
@@ -65,16 +65,19 @@ class Tending:
             self._close()
 
     def _prepare(self) -> None:
-        if not self._folder.order.exists():
-            order = self._office.order(self._work, self._folder)
-            publish_bytes(locate(str(self._folder.order)), order.model_dump_json().encode())
+        """Write the order, anew where the server has other engines than when the work began: those are to do it."""
+        order = self._office.order(self._work, self._folder)
+        if self._folder.order.exists():
+            began = Order.model_validate_json(self._folder.order.read_bytes()).began
+            order = order.model_copy(update={"began": began})
+        publish_bytes(locate(str(self._folder.order)), order.model_dump_json().encode())
 
     def _is_prepared(self) -> bool:
         """Whether there is an order; there is none for a model that was never begun here and is served no more."""
         try:
             self._prepare()
         except ModelNotFoundError:
-            return False
+            return self._folder.order.exists()
         return True
 
     def _cut_short(self) -> Cut | None:
@@ -135,9 +138,12 @@ class Tending:
         plan = Plan.model_validate_json(self._folder.plan.read_bytes())
         if plan.errors:
             return None, {}
-        failed = sum(state.errors for state in states)
-        completed = min(plan.total, sum(state.rows for state in states)) - failed
-        counts = {"total": plan.total, "completed": max(0, completed), "failed": failed}
+        # Lines have one prompt or more: while they are done, a share of the prompts is told as that share of the lines.
+        done, errors = sum(state.rows for state in states), sum(state.errors for state in states)
+        failed = plan.asking * errors // max(1, plan.prompts)
+        completed = plan.asking * min(done, plan.prompts) // max(1, plan.prompts) - failed
+        refused = plan.total - plan.asking
+        counts = {"total": plan.total, "completed": max(0, completed), "failed": refused + failed}
         return "finalizing" if self._folder.finalizing.exists() else "in_progress", {"counts": counts}
 
     def _meter(self, partial: Sequence[UnitUsage] = ()) -> None:

@@ -41,14 +41,20 @@ def translate(order: Order, folder: WorkFolder) -> Plan:
     ):
         reading = _Reading(order, fmt, groups, records)
         errors = tuple(reading.errors(source))
-        return Plan(total=reading.total, groups=groups.options, errors=errors)
+        return Plan(
+            total=reading.total,
+            asking=reading.asking,
+            prompts=reading.prompts,
+            groups=groups.options,
+            errors=errors,
+        )
 
 
 class _Reading:
     """One pass over the lines."""
 
     def __init__(self, order: Order, fmt: Format, groups: Groups, records: IO[bytes]) -> None:
-        self.total = 0
+        self.total = self.asking = self.prompts = 0
         self._order = order
         self._format = fmt
         self._dialect = DIALECTS[order.endpoint]
@@ -91,6 +97,7 @@ class _Reading:
         else:
             self._keep(Record(line=number, custom_id=line.custom_id, prompts=len(asked)))
             self._groups.add(number, asked)
+            self.asking, self.prompts = self.asking + 1, self.prompts + len(asked)
         return None
 
     def _misfit(self, number: int, line: BatchLine) -> LineError | None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from ray import serve
 
@@ -24,11 +24,13 @@ from jobs.api.partial import partial_usage
 from jobs.api.sizes import check_sizes
 from jobs.api.translation import plan_of
 from jobs.runner import Watcher, run_job
+from jobs.spec import JobSpec
 from jobs.store import locate, publish_bytes
 from serving.errors import (
     InputChangedError,
     InterruptedJobError,
     JobHeldError,
+    OtherJobError,
     SpanfillError,
     TooManyErrorsError,
     UsageError,
@@ -114,7 +116,7 @@ def _batch(order: Order, folder: WorkFolder, mode: Mode) -> Outcome:
     if mode == "run":
         with _beside(order.app):
             for group, options in enumerate(plan.groups):
-                run_job(group_spec(order, folder, group, options), watcher=_Log())
+                _run(group_spec(order, folder, group, options))
     folder.finalizing.touch()
     return deliver(order, folder, plan, mode)
 
@@ -123,8 +125,21 @@ def _job(order: Order, folder: WorkFolder) -> Outcome:
     spec = order.spec(order.source, folder.results(), dict(order.options))
     check_sizes(spec)
     with _beside(order.app):
-        manifest = run_job(spec, watcher=_Log())
+        manifest = _run(spec)
     return Outcome(completed=manifest["input_rows"] - manifest["errors"], failed=manifest["errors"])
+
+
+def _run(spec: JobSpec) -> dict[str, Any]:
+    """Run a job or go on with it; returns the manifest.
+
+    One that engines of another kind (other weights, another dtype) have begun is begun anew, so that one kind makes all
+    of it.
+    """
+    try:
+        return run_job(spec, watcher=_Log())
+    except OtherJobError as error:
+        _Log().say(f"begun anew: {error.message}")
+        return run_job(spec.model_copy(update={"overwrite": True}), watcher=_Log())
 
 
 @contextmanager

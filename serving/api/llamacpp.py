@@ -107,11 +107,10 @@ class _Telling:
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The answer at once, or the fields of it that were asked for."""
-        told = self._end(self._take(answer.choices[0]), answer)
-        return picked(told, self._fields) if self._fields else told
+        return self._end(self._take(answer.choices[0]), answer)
 
     def events(self, part: Piece | End) -> list[str]:
-        """The event of a part; the last one holds all but the text."""
+        """The event of a part; the last one holds all but the text, or what of it was asked for."""
         if isinstance(part, End):
             return [event(self._end("", part))]
         kept = self._take(part)
@@ -127,7 +126,7 @@ class _Telling:
         return kept
 
     def _end(self, content: str, told: Answer | End) -> dict[str, Any]:
-        return infilled(
+        end = infilled(
             content,
             told,
             self._ask,
@@ -136,6 +135,7 @@ class _Telling:
             reason=self._reason,
             stop_word=self._stop_word,
         ).model_dump()
+        return picked(end, self._fields) if self._fields else end
 
 
 def _apology(error: SpanfillError) -> str:

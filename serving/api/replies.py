@@ -3,6 +3,7 @@
 OpenAI's shape is everybody's but llama.cpp's and Ollama's, whose clients look for their own.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from starlette.exceptions import HTTPException
 
 from serving.api.events import encoded, event
 from serving.api.parts import LIMIT_HEADERS
-from serving.errors import AuthenticationError, LimitError, SpanfillError
+from serving.errors import AuthenticationError, DatabaseAwayError, LimitError, SpanfillError, StorageError
+
+logger = logging.getLogger(__name__)
 
 UNAVAILABLE = 503
 RETRY_SECONDS = 2.0
@@ -103,7 +106,12 @@ class OllamaErrorReply(BaseModel):
 
 
 def problem_of(error: Exception) -> Problem:
-    """What an error is to a client; one that is not known is not told of."""
+    """What an error is to a client; one that is not known is not told of, nor where the server keeps what it stores."""
+    if isinstance(error, StorageError):
+        logger.warning("%s", error)
+        what = "database does not answer" if isinstance(error, DatabaseAwayError) else "storage fails"
+        message = f"The server's {what}. Try again in a few seconds."
+        return Problem(error.http_status, message, error.code, headers=_headers(error))
     if isinstance(error, SpanfillError):
         return Problem(error.http_status, str(error), error.code, headers=_headers(error))
     if isinstance(error, RequestValidationError):

@@ -165,7 +165,8 @@ class FleetService:
         if not rendered.ask.echo:
             return ()
         logprobs, alternatives = (result.prompt_logprobs, result.prompt_alternatives) if result else (None, None)
-        return prompt_tokens(self._engines.fmt, rendered.token_ids, logprobs, alternatives)
+        as_sent = rendered.ask.suffix is None and rendered.ask.token_ids is None
+        return prompt_tokens(self._engines.fmt, rendered.token_ids, logprobs, alternatives, as_sent=as_sent)
 
     def _writing(self, ask: Ask, index: int, offset: int) -> Writing:
         return Writing(

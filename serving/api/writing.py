@@ -1,6 +1,7 @@
 """The text of one choice as its tokens come: whole characters, and nothing that a stop string may yet take back."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from serving.api.ask import Piece, Reason, Token
 from serving.formats import Format
@@ -93,22 +94,28 @@ class Writing:
         return min(found)[2] if found else ""
 
     def _last(self, text: str, reason: Reason, word: str = "") -> Piece:
-        tokens = self._tokens_before(len(text) or -1)
-        return Piece(self._index, text[self._sent :], tokens, reason, word)
+        """The rest; a token in which the text was cut is told as far as it is shown."""
+        ends = len(text) or -1
+        left = [token for token in self._tokens[self._told :] if token.offset - self._offset < ends]
+        if left:
+            left[-1] = replace(left[-1], text=text[left[-1].offset - self._offset :])
+        return Piece(self._index, text[self._sent :], tuple(left), reason, word)
 
     def _show(self, settled: int) -> Piece | None:
         if settled <= self._sent:
             return None
         text, self._sent = self.text[self._sent : settled], settled
-        return Piece(self._index, text, self._tokens_before(settled))
+        return Piece(self._index, text, self._whole_tokens(settled))
 
-    def _tokens_before(self, place: int) -> tuple[Token, ...]:
-        """Those not told yet that begin before a place in the text."""
-        start, stop = self._told, self._told
-        while stop < len(self._tokens) and self._tokens[stop].offset - self._offset < place:
-            stop += 1
-        self._told = stop
-        return tuple(self._tokens[start:stop])
+    def _whole_tokens(self, place: int) -> tuple[Token, ...]:
+        """Those not told yet that end before a place in the text."""
+        start = self._told
+        while self._told < len(self._tokens) and self._ends(self._tokens[self._told]) <= place:
+            self._told += 1
+        return tuple(self._tokens[start : self._told])
+
+    def _ends(self, token: Token) -> int:
+        return token.offset - self._offset + len(token.text)
 
 
 def named(fmt: Format, likely: Alternatives, own_id: int, own: float | None) -> tuple[tuple[str, float], ...]:
@@ -120,14 +127,24 @@ def named(fmt: Format, likely: Alternatives, own_id: int, own: float | None) -> 
 
 
 def prompt_tokens(
-    fmt: Format, token_ids: Sequence[int], logprobs: Sequence[float] | None, alternatives: Sequence[Alternatives] | None
+    fmt: Format,
+    token_ids: Sequence[int],
+    logprobs: Sequence[float] | None,
+    alternatives: Sequence[Alternatives] | None,
+    *,
+    as_sent: bool = False,
 ) -> tuple[Token, ...]:
-    """A prompt's tokens as an echo shows them, control tokens by their names; the first has no logprob."""
+    """A prompt's tokens as an echo shows them; the first has no logprob.
+
+    Control tokens are shown by their names, but not of a prompt that was sent as text alone (``as_sent``): what it
+    begins with is the format's.
+    """
     tokens: list[Token] = []
     growing, offset = GrowingText(fmt.decode), 0
     for place, token_id in enumerate(token_ids):
         special = token_id in fmt.tokenizer.special_ids
-        text = fmt.tokenizer.token(token_id) if special else growing.add(token_id)
+        name = "" if as_sent else fmt.tokenizer.token(token_id)
+        text = name if special else growing.add(token_id)
         logprob = logprobs[place - 1] if logprobs and place else None
         top = named(fmt, alternatives[place - 1], token_id, logprob) if alternatives and place else ()
         tokens.append(Token(token_id, text, offset, logprob, top))

@@ -30,6 +30,9 @@ COUNT = 1_500
 SLOW = ("--engine", "simulated", "--engine-arg", "max_num_seqs=8")
 """Some twenty seconds for ``COUNT`` lines."""
 
+OTHERS = ("--engine-arg", "max_num_seqs=12", "--dtype", "float32", "--gateways", "2")
+"""What makes another engine of it, whose infills would be others."""
+
 ENDED = ("completed", "failed", "cancelled", "expired")
 WORKER = "jobs.api.worker"
 LONG = {"prompt": "x = ", "max_tokens": 900, "ignore_eos": True, "n": 4, "temperature": 1.0}
@@ -258,13 +261,16 @@ def test_batches_and_jobs_outlive_a_kill(acme: Tenant, zeta: Tenant, title: str,
     assert zeta.column(job["id"], "number") == list(range(COUNT))
 
 
-def test_a_signal_ends_it_in_the_middle_of_a_batch_which_the_next_server_goes_on_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [(), OTHERS], ids=["the same engines", "others"])
+def test_a_signal_ends_it_in_the_middle_of_works_which_the_next_server_goes_on_with(
+    tmp_path: Path, others: tuple[str, ...]
+) -> None:
     with running_server(tmp_path, *SLOW) as server:
         tenant = Tenant(server, "acme")
-        batch = tenant.batch(COUNT)
-        until(lambda: segments(server), server)
+        batch, job = tenant.batch(COUNT), tenant.job(COUNT, rows_per_part=1_000)
+        until(lambda: segments(server, batch.id) and segments(server, job["id"]), server)
         end(server, signal.SIGTERM, 143)
-    with running_server(tmp_path, *SLOW) as server:
+    with running_server(tmp_path, *SLOW, *others) as server:
         tenant.openai = OpenAI(base_url=f"{server.url}/v1", api_key=tenant.key)
         tenant.http = httpx.Client(base_url=server.url, headers=tenant.http.headers, timeout=60)
         tenant.server = server
@@ -273,6 +279,8 @@ def test_a_signal_ends_it_in_the_middle_of_a_batch_which_the_next_server_goes_on
         assert [line["custom_id"] for line in tenant.lines(told["output_file_id"])] == [
             f"line {number}" for number in range(COUNT)
         ]
+        assert tenant.ended(f"/v1/jobs/{job['id']}")["status"] == "completed"
+        assert tenant.column(job["id"], "number") == list(range(COUNT))
         end(server, signal.SIGINT, 130)
 
 

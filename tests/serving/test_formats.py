@@ -150,7 +150,16 @@ def test_the_cards_two_snippets_give_the_cards_ids() -> None:
     assert infill.token_ids == (
         [4299, 23748, 62, 6894, 33529, 198, 50284, 51199, 50285, 1441, 1438, 50256, 50317, 51199]
     )
-    assert fmt.stop_token_ids[0] == 50_318
+    assert fmt.stop_token_ids == (50_318, 50_256, 50_317, 51_198, 51_199)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_what_a_prompt_is_made_of_ends_an_infill(name: str) -> None:
+    """A model that begins another prompt by itself need not go on with it."""
+    fmt = Format(FORMATS[name], letters_for(name))
+    ids = {fmt.tokenizer.special_id(token) for token in FORMATS[name].control_tokens}
+    assert ids <= set(fmt.stop_token_ids)
+    assert len(set(fmt.stop_token_ids)) == len(fmt.stop_token_ids)
 
 
 def test_no_suffix_and_an_empty_suffix_are_not_the_same() -> None:

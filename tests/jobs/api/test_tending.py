@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from jobs.api import tending
 from jobs.api.config import RoutesConfig
 from jobs.api.database import Database
 from jobs.api.office import Office
-from jobs.api.order import Kind, Mode, Outcome, Problem, UnitUsage, WorkFolder
+from jobs.api.order import Kind, Mode, Outcome, Plan, Problem, UnitUsage, WorkFolder
 from jobs.api.queue import Queue
 from jobs.api.shelf import Shelf
 from jobs.api.submission import new_work, submit
@@ -157,6 +158,16 @@ def test_a_batch_is_tried_until_its_time_is_over_and_a_few_times_more(office: Of
     ended = tended(office, closing=True)
     assert (ended.id, ended.status) == (work.id, "failed")
     assert "exit code 1" in ended.told["errors"][0]["message"]
+
+
+def test_of_lines_with_many_prompts_the_share_that_is_done_is_told(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = office.shelf.work_folder("acme", queued(office, "batch").id)
+    folder.results().mkdir(parents=True)
+    folder.plan.write_text(Plan(total=12, asking=10, prompts=400).model_dump_json())
+    monkeypatch.setattr(tending, "read_status", lambda _: SimpleNamespace(rows=100, errors=40))
+    assert tended(office).told["counts"] == {"total": 12, "completed": 1, "failed": 3}
 
 
 def test_what_nobody_serves_any_more_ends_as_it_was_cut_short(office: Office) -> None:

@@ -67,7 +67,7 @@ def test_lines_become_rows_by_how_they_are_decoded(folder: WorkFolder) -> None:
     )
     greedy = Options(max_tokens=8, temperature=0, top_p=1, n=1, stop=())
     sampled = Options(max_tokens=16, temperature=0.5, top_p=1, n=2, stop=("x",))
-    assert plan == Plan(total=3, groups=(greedy, sampled))
+    assert plan == Plan(total=3, asking=3, prompts=4, groups=(greedy, sampled))
     assert [tuple(row.values()) for row in rows(folder)] == [
         ("batch_1 1 0", 1, 0, "one", "!"),
         ("batch_1 2 0", 2, 0, "two", None),

@@ -186,13 +186,19 @@ def test_unknown_fields_are_accepted_whatever_they_are() -> None:
 
 def test_a_stream_ends_with_all_that_a_whole_answer_has() -> None:
     service = Scripted()
-    answer = client_of(service).post("/infill", json=ASKED | {"stream": True, "response_fields": ["content"]})
+    answer = client_of(service).post("/infill", json=ASKED | {"stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     *told, last = [json.loads(event) for event in events_of(answer.text)]
     assert [(each["content"], each["stop"]) for each in told] == [("a = 1\n", False), ("b", False)]
     assert (last["content"], last["stop"], last["has_new_line"], last["stop_type"]) == ("", True, True, "eos")
     assert last.keys() == infill(Scripted()).keys()
     assert service.closed == 1
+
+
+def test_a_streams_last_event_has_the_fields_that_were_asked_for() -> None:
+    asked = ASKED | {"stream": True, "response_fields": ["stop_type", "timings/prompt_n"]}
+    *_, last = events_of(client_of(Scripted()).post("/infill", json=asked).text)
+    assert json.loads(last).keys() == {"stop_type", "timings/prompt_n"}
 
 
 def test_a_body_is_json_whatever_its_type_says() -> None:

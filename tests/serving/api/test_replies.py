@@ -18,6 +18,7 @@ from serving.errors import (
     PromptTooLongError,
     ResourceError,
     SpanfillError,
+    StorageError,
 )
 from tests.serving.api.scripted import Scripted, app_of, client_of
 
@@ -32,7 +33,6 @@ from tests.serving.api.scripted import Scripted, app_of, client_of
         (OverloadedError("Wrong.", remedy="Mend it."), 503, "server_error", "overloaded"),
         (EngineError("Wrong.", remedy="Mend it."), 500, "server_error", "engine_error"),
         (EngineDeadError("Wrong.", remedy="Mend it."), 503, "server_error", "engine_dead"),
-        (DatabaseAwayError("Wrong.", remedy="Mend it."), 503, "server_error", "database_away"),
         (ResourceError("Wrong.", remedy="Mend it."), 503, "server_error", "no_resources"),
         (PromptTooLongError("Wrong.", remedy="Mend it."), 400, "invalid_request_error", "prompt_too_long"),
     ],
@@ -43,6 +43,22 @@ def test_every_error_has_its_status_type_and_code(error: SpanfillError, status: 
     assert answer.headers["content-type"] == "application/json"
     assert answer.json() == {"error": {"message": "Wrong. Mend it.", "type": kind, "param": None, "code": code}}
     assert ("retry-after" in answer.headers) == (status in (429, 503))
+
+
+def test_where_the_server_keeps_what_it_stores_is_not_told() -> None:
+    for error, status, told in (
+        (DatabaseAwayError("postgresql://spanfill@10.0.0.7 is silent."), 503, "The server's database does not answer."),
+        (StorageError("/srv/files/x cannot be written."), 500, "The server's storage fails."),
+    ):
+        answer = client_of(Scripted(refuse=error)).post("/v1/completions", json={"prompt": "a"})
+        assert answer.status_code == status
+        assert answer.json()["error"] == {
+            "message": f"{told} Try again in a few seconds.",
+            "type": "server_error",
+            "param": None,
+            "code": error.code,
+        }
+        assert ("retry-after" in answer.headers) == (status == 503)
 
 
 @pytest.mark.parametrize(

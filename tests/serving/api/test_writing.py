@@ -61,7 +61,11 @@ def test_tokens_stand_where_their_text_does(text: str, stop: list[str], sizes: l
     for token in tokens:
         assert text.startswith(token.text, token.offset)
         assert token.offset <= len(shown)
-    assert "".join(token.text for token in tokens).startswith(shown)
+    assert "".join(token.text for token in tokens) == shown
+    told = ""
+    for piece in pieces:
+        told += piece.text
+        assert all(token.offset + len(token.text) <= len(told) for token in piece.tokens)
 
 
 def test_a_character_that_never_became_whole_is_shown_as_broken_at_the_end() -> None:
@@ -125,6 +129,13 @@ def test_an_echo_is_the_prompts_text(text: str) -> None:
     assert "".join(token.text for token in tokens) == text
     assert tokens[0].logprob is None
     assert {token.logprob for token in tokens[1:]} == {-1.0}
+
+
+def test_an_echo_of_a_text_is_what_was_sent_though_its_prompt_begins_with_a_control_token() -> None:
+    (begin, *rest) = FORMAT.prompt("", None, max_tokens=1, max_context=99).token_ids
+    assert rest == []
+    (token,) = prompt_tokens(FORMAT, [begin], None, None, as_sent=True)
+    assert (token.token_id, token.text) == (begin, "")
 
 
 def test_an_echo_shows_control_tokens_by_their_names() -> None:
