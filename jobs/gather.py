@@ -6,6 +6,7 @@ row came from goes with it.
 """
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -21,6 +22,7 @@ from jobs.reader import ORIGIN_FILE, ORIGIN_ROW, InputSet, UnitReader, find_inpu
 from jobs.sorting import in_order
 from jobs.spec import JobSpec
 from jobs.store import Location, exists, publish
+from jobs.writer import storable_type
 from serving.formats import Format
 
 ROW_GROUP = 8_192
@@ -70,7 +72,7 @@ def _sorting_folder(output: Location) -> Path:
     """In the job's state; of a job in an object store in ``TMPDIR``, where the job finds it again after a kill."""
     if output.is_local:
         return Path(output.join(STATE, ".sort.tmp").path)
-    name = hashlib.blake2b(output.uri.encode(), digest_size=8).hexdigest()
+    name = hashlib.blake2b(f"{os.getuid()} {output.uri}".encode(), digest_size=8).hexdigest()
     return Path(tempfile.gettempdir(), f"spanfill-sort-{name}")
 
 
@@ -106,22 +108,8 @@ def _plain_values(column: pa.Array, kind: pa.DataType) -> pa.Array:
 
 def _plain(schema: pa.Schema) -> pa.Schema:
     """The schema with dictionaries of text, and with views, which pyarrow cannot sort, made plain."""
-    fields = [f.with_type(pa.large_string() if is_text(f.type) else _without_views(f.type)) for f in schema]
+    fields = [f.with_type(pa.large_string() if is_text(f.type) else storable_type(f.type)) for f in schema]
     return pa.schema([f.with_nullable(True) for f in fields])
-
-
-def _without_views(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_string_view(kind):
-        return pa.large_string()
-    if pa.types.is_binary_view(kind):
-        return pa.large_binary()
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_without_views(field.type)) for field in kind.fields])
-    if pa.types.is_map(kind):
-        return pa.map_(_without_views(kind.key_type), _without_views(kind.item_type))
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
-    return kind
 
 
 def _sortable(schema: pa.Schema) -> pa.Schema:

@@ -93,10 +93,11 @@ class Ledger:
             return False
         job = read_job(self.output)
         if job["fingerprint"] != self.fingerprint:
-            names = ", ".join(differing(job["identity"], identity)) or "versions"
+            names = differing(job["identity"], identity) or ["versions"]
             raise OtherJobError(
-                f"{self.output} belongs to another job; different: {names}.",
+                f"{self.output} belongs to another job; different: {', '.join(names)}.",
                 remedy="Choose another --output, or start anew with --overwrite.",
+                differing=names,
             )
         if not resume:
             raise OutputError(f"{self.output} holds this job already.", remedy="Drop --no-resume, or add --overwrite.")
@@ -133,6 +134,7 @@ class Ledger:
 
     def _clear(self) -> None:
         """Remove a job but its lease; the manifest goes first and ``job.json`` last, so that a kill leaves no lie."""
+        self._remove_temporaries()
         delete(self._state("manifest.json"))
         for folder in (self.output.join("data"), self.output.join("errors")):
             delete_folder(folder)
@@ -146,7 +148,7 @@ class Ledger:
         if self.output.is_local:
             for path in Path(self._state("").path).rglob(".*.tmp"):
                 if path.is_dir():
-                    shutil.rmtree(path)
+                    shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink(missing_ok=True)
 

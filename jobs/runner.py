@@ -164,10 +164,11 @@ def _plan(job: Job, ledger: Ledger, watcher: Watcher, check: Callable[[], None])
     with writing_is_possible():
         begun = ledger.open(job.identity, stored_spec(spec), versions(), resume=spec.resume, overwrite=spec.overwrite)
         ledger.probe()
-        if spec.order == "global":
-            watcher.say("gathering rows that share a prompt's beginning")
-            gather(spec, load_format(job.format_name, tokenizer_of=spec.model), job.inputs, job.output, check=check)
-            job = replace(job, inputs=replace(inputs_of(spec, job.output), ignored=job.inputs.ignored))
+    if spec.order == "global":
+        watcher.say("gathering rows that share a prompt's beginning")
+        gather(spec, load_format(job.format_name, tokenizer_of=spec.model), job.inputs, job.output, check=check)
+        job = replace(job, inputs=replace(inputs_of(spec, job.output), ignored=job.inputs.ignored))
+    with writing_is_possible():
         planned = plan_units(job.inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
         units = ledger.plan(job.inputs.files, planned)
         if spec.retry_errors:

@@ -9,6 +9,7 @@ import shutil
 import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,15 @@ def in_order(
     """All rows, sorted by ``keys`` (columns of bytes, text or whole numbers; nulls last), in tables of some megabytes.
 
     ``memory`` is in bytes; only where single batches or rows are large beside it is more taken. Rows that agree in
-    all keys come in any order. ``folder`` is for the sort alone: what is there goes first, and all of it at the end.
+    all keys come in any order. ``folder`` is for the sort alone: what a killed one has left there goes first.
     ``check`` is called between any two steps, and may raise. Raises ``StorageError`` when the folder cannot hold the
     rows.
     """
+    own = folder / uuid.uuid4().hex
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        sort = _Sort(folder, schema, keys, memory // COPIES, check)
+        own.mkdir(parents=True)
+        sort = _Sort(own, schema, keys, memory // COPIES, check)
         runs = [sort.run([rows]) for rows in sort.stretches(batches)]
         while len(runs) > FAN_IN:
             few = min(FAN_IN, len(runs) - FAN_IN + 1)
@@ -58,7 +60,9 @@ def in_order(
             f"the input cannot be sorted in {folder}: {reason}.", remedy="Give it room, or leave --order global out."
         ) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
+        with suppress(OSError):  # Another sort that took over may be there.
+            folder.rmdir()
 
 
 class _Sort:

@@ -85,11 +85,11 @@ def passed_through(batch: pa.RecordBatch, columns: Iterable[str], rows: Sequence
 
 
 def _storable(column: pa.Array) -> pa.Array:
-    kind = _storable_type(column.type)
+    kind = storable_type(column.type)
     return column if kind == column.type else column.cast(kind)
 
 
-def _storable_type(kind: pa.DataType) -> pa.DataType:
+def storable_type(kind: pa.DataType) -> pa.DataType:
     """The type with views, which pyarrow reads but cannot pick rows of, made plain at any depth."""
     if pa.types.is_string_view(kind):
         return pa.large_string()
@@ -107,7 +107,7 @@ def _storable_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _storable_field(field: pa.Field) -> pa.Field:
-    return field.with_type(_storable_type(field.type))
+    return field.with_type(storable_type(field.type))
 
 
 def error_columns(

@@ -4,6 +4,7 @@ Errors are raised where they happen and translated once, at the edge: to an exit
 by ``jobs.rows``, to an HTTP answer by ``serving.api``.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -62,9 +63,13 @@ class OutputError(UsageError):
 
 
 class OtherJobError(OutputError):
-    """The output folder belongs to another job, whose infills were made otherwise."""
+    """The output folder belongs to another job; ``differing`` names what is not alike in what they are."""
 
     code = "other_job"
+
+    def __init__(self, message: str, *, remedy: str = "", differing: Sequence[str] = ()) -> None:
+        super().__init__(message, remedy=remedy)
+        self.differing = tuple(differing)
 
 
 class JobHeldError(OutputError):

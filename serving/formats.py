@@ -31,7 +31,8 @@ MARKER = "☺"
 class FormatSpec:
     """One family's format: control tokens and texts in order, what ends an infill, and who says so.
 
-    ``end`` is the model's own end of infill (None: the tokenizer's EOS), ``stops`` end one too where they exist.
+    ``end`` is the model's own end of infill (None: the tokenizer's EOS). The layout's control tokens end one too, and
+    ``stops`` where they exist.
     """
 
     name: str
@@ -49,11 +50,11 @@ class FormatSpec:
 
 
 _MASK = (P, "<mask_1>", S, "<|endoftext|>", "<sep>", "<mask_1>")
-_MASK_STOPS = ("<|endoftext|>", "<sep>", "<mask_2>")
+_MASK_STOPS = ("<mask_2>",)
 _FIM = ("<fim_prefix>", P, "<fim_suffix>", S, "<fim_middle>")
-_FIM_STOPS = ("<file_sep>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>")
+_FIM_STOPS = ("<file_sep>", "<fim_pad>")
 _BAR_FIM = ("<|fim_prefix|>", P, "<|fim_suffix|>", S, "<|fim_middle|>")
-_BAR_STOPS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>")
+_BAR_STOPS = ("<|fim_pad|>",)
 
 FORMATS: dict[str, FormatSpec] = {
     spec.name: spec

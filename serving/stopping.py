@@ -63,9 +63,13 @@ def _solid(text: str) -> int:
 
 
 class GrowingText:
-    """The text of a completion that grows: each token adds what no later token can change."""
+    """The text of a completion that grows: each token adds what no later token can change.
+
+    ``holds_back``: the latest tokens end with bytes that are no character yet.
+    """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self.holds_back = False
         self._decode = decode
         self._window: list[int] = []
         self._told = 0
@@ -75,6 +79,7 @@ class GrowingText:
         self._window.append(token_id)
         text = self._decode(self._window)
         known = text.rstrip(BROKEN)
+        self.holds_back = known != text
         new, self._told = known[self._told :], max(self._told, len(known))
         if len(self._window) >= WINDOW_TOKENS and known == text:
             # Some tokens stay: decoders treat the first one's leading blank otherwise than the next ones'.

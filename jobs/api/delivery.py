@@ -20,7 +20,6 @@ from jobs.store import locate, publish
 from serving.api.ask import Answer, Choice, Reason, Usage
 from serving.api.events import encoded
 from serving.errors import DamagedStateError
-from serving.formats import load_format
 
 UNDONE: dict[Mode, tuple[str, str]] = {
     "cancelled": ("batch_cancelled", "This request was not executed: the batch was cancelled. Send it again."),
@@ -71,12 +70,11 @@ class _PartialUsage:
 
 def _merged(order: Order, folder: WorkFolder, plan: Plan, usage: _PartialUsage) -> Iterable[RowResult]:
     """The rows of all groups in the order of the input."""
-    fmt = load_format(order.format, tokenizer_of=str(order.engine["model"]))
     columns = columns_of(can_infill=order.can_infill)
 
     def counted(group: int) -> Iterator[RowResult]:
         spec = group_spec(order, folder, group, plan.groups[group])
-        for row in group_results(spec, fmt, order.context, columns):
+        for row in group_results(spec, columns):
             usage.add(group, row)
             yield row
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from jobs.api.groups import group_spec
-from jobs.api.journaled import Journaled, cached_tokens, made_tokens, planned_ledger
+from jobs.api.journaled import Journaled, cached_tokens, made_by, made_tokens, planned_ledger
 from jobs.api.order import Order, Plan, UnitUsage, WorkFolder
 from jobs.job import open_input
 from jobs.rows import row_prompts
@@ -19,7 +19,7 @@ def partial_usage(order: Order, folder: WorkFolder) -> Iterator[UnitUsage]:
     Raises a ``UsageError`` for an input that cannot be read any more, ``OutputError``, ``StorageError``.
     """
     for number, _ in folder.begun():
-        yield from _of_job(order, number, _spec(order, folder, number))
+        yield from _of_job(number, _spec(order, folder, number))
 
 
 def _spec(order: Order, folder: WorkFolder, number: int) -> JobSpec:
@@ -29,11 +29,12 @@ def _spec(order: Order, folder: WorkFolder, number: int) -> JobSpec:
     return group_spec(order, folder, number, plan.groups[number])
 
 
-def _of_job(order: Order, number: int, spec: JobSpec) -> Iterator[UnitUsage]:
+def _of_job(number: int, spec: JobSpec) -> Iterator[UnitUsage]:
     ledger = planned_ledger(locate(spec.output))
     if ledger is None:
         return
-    spec, fmt, inputs = open_input(spec, order.format, order.context)
+    fmt, context = made_by(locate(spec.output))
+    spec, _, inputs = open_input(spec, fmt.spec.name, context)
     columns = [name for role in spec.roles if (name := spec.column(role)) in inputs.schema.names]
     journaled, done = Journaled(ledger, spec.input, columns, spec.n), ledger.done()
     make = score_prompts if spec.task == "score" else row_prompts
@@ -42,7 +43,7 @@ def _of_job(order: Order, number: int, spec: JobSpec) -> Iterator[UnitUsage]:
             continue
         used = UnitUsage(name=f"{number}/{unit.index}")
         for batch, found in journaled.rows(unit):
-            for (_, prompt), samples in zip(make(spec, fmt, order.context, batch), found, strict=True):
+            for (_, prompt), samples in zip(make(spec, fmt, context, batch), found, strict=True):
                 if isinstance(prompt, Prompt) and samples[0].error_code is None:
                     length, made = len(prompt.token_ids), sum(map(made_tokens, samples))
                     used = used.with_row(length, cached_tokens(samples, length), made)

@@ -6,6 +6,7 @@ Whoever reads must be sure that nobody runs the job: a journal's damaged segment
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.api.groups import PASSED
-from jobs.api.journaled import Journaled, cached_tokens, made_tokens, planned_ledger
+from jobs.api.journaled import Journaled, cached_tokens, made_by, made_tokens, planned_ledger
 from jobs.calibration import STOP_REASONS
 from jobs.journal import Sample
 from jobs.ledger import Ledger, lists_errors
@@ -58,7 +59,7 @@ class RowResult:
         return self.line, self.prompt
 
 
-def group_results(spec: JobSpec, fmt: Format, context: int, columns: Sequence[str]) -> Iterator[RowResult]:
+def group_results(spec: JobSpec, columns: Sequence[str]) -> Iterator[RowResult]:
     """The rows of a group that are done; none of a job that has not begun. ``columns`` are the input's.
 
     Raises ``OutputError`` for state that is damaged, ``StorageError``.
@@ -66,7 +67,7 @@ def group_results(spec: JobSpec, fmt: Format, context: int, columns: Sequence[st
     ledger = planned_ledger(locate(spec.output))
     if ledger is None:
         return
-    done, journals = ledger.done(), _Journals(spec, fmt, context, columns, ledger)
+    done, journals = ledger.done(), _Journals(spec, columns, ledger)
     for unit in ledger.planned():
         if unit.index in done:
             finished = _finished(ledger, unit, spec.max_tokens)
@@ -105,9 +106,13 @@ def _rows(location: Location, columns: list[str]) -> Iterator[dict[str, Any]]:
 class _Journals:
     """Reads units whose part is not out."""
 
-    def __init__(self, spec: JobSpec, fmt: Format, context: int, columns: Sequence[str], ledger: Ledger) -> None:
-        self._spec, self._format, self._context = spec, fmt, context
+    def __init__(self, spec: JobSpec, columns: Sequence[str], ledger: Ledger) -> None:
+        self._spec = spec
         self._journaled = Journaled(ledger, spec.input, columns, spec.n)
+
+    @cached_property
+    def _made_by(self) -> tuple[Format, int]:
+        return made_by(locate(self._spec.output))
 
     def rows(self, unit: Unit) -> Iterator[RowResult]:
         """The rows of a unit that its journal holds whole."""
@@ -115,7 +120,7 @@ class _Journals:
             yield from self._results(unit, batch, found)
 
     def _results(self, unit: Unit, batch: pa.RecordBatch, found: list[list[Sample]]) -> Iterator[RowResult]:
-        prompts = row_prompts(self._spec, self._format, self._context, batch)
+        prompts = row_prompts(self._spec, *self._made_by, batch)
         places = zip(*(batch.column(name).to_pylist() for name in PASSED), strict=True)
         for (line, number), (_, prompt), samples in zip(places, prompts, found, strict=True):
             first = samples[0]
@@ -128,5 +133,6 @@ class _Journals:
                 yield RowResult(line, number, length, made, unit=unit.index, cached_tokens=cached)
 
     def _made(self, sample: Sample) -> Made:
-        infill = self._format.infill(sample.token_ids, stop_token_id=sample.stop_token_id, stop=self._spec.stop)
+        fmt, _ = self._made_by
+        infill = fmt.infill(sample.token_ids, stop_token_id=sample.stop_token_id, stop=self._spec.stop)
         return Made(infill.text, infill.finish_reason, made_tokens(sample))

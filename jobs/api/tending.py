@@ -74,11 +74,10 @@ class Tending:
 
     def _is_prepared(self) -> bool:
         """Whether there is an order; there is none for a model that was never begun here and is served no more."""
-        try:
-            self._prepare()
-        except ModelNotFoundError:
-            return self._folder.order.exists()
-        return True
+        with suppress(ModelNotFoundError):
+            if not self._folder.order.exists():
+                self._prepare()
+        return self._folder.order.exists()
 
     def _cut_short(self) -> Cut | None:
         """Why the work is to end however far it is, if it is."""

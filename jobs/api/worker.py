@@ -23,6 +23,7 @@ from jobs.api.order import EXIT_HELD, GRACE_SECONDS, Mode, Order, Outcome, Probl
 from jobs.api.partial import partial_usage
 from jobs.api.sizes import check_sizes
 from jobs.api.translation import plan_of
+from jobs.ledger import read_manifest
 from jobs.runner import Watcher, run_job
 from jobs.spec import JobSpec
 from jobs.store import locate, publish_bytes
@@ -42,6 +43,9 @@ PARENT_SECONDS = 1.0
 
 APP_SECONDS = 600.0
 """How long to wait for the application, which may be starting: beside it there may be no room for other engines."""
+
+OF_ENGINES = ("engine.", "weights", "format")
+"""What the fields of a job's identity that are its engines' begin with."""
 
 FOR_GOOD = (UsageError, InputChangedError, TooManyErrorsError)
 """What another try does not mend."""
@@ -132,12 +136,16 @@ def _job(order: Order, folder: WorkFolder) -> Outcome:
 def _run(spec: JobSpec) -> dict[str, Any]:
     """Run a job or go on with it; returns the manifest.
 
-    One that engines of another kind (other weights, another dtype) have begun is begun anew, so that one kind makes all
-    of it.
+    One that engines of another kind have begun (other weights, another dtype) and not finished is begun anew, so that
+    one kind makes all of it.
     """
     try:
         return run_job(spec, watcher=_Log())
     except OtherJobError as error:
+        if not all(name.startswith(OF_ENGINES) for name in error.differing):
+            raise
+        if (finished := read_manifest(locate(spec.output))) is not None:
+            return finished
         _Log().say(f"begun anew: {error.message}")
         return run_job(spec.model_copy(update={"overwrite": True}), watcher=_Log())
 

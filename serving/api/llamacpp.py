@@ -143,7 +143,9 @@ def _apology(error: SpanfillError) -> str:
 
 
 ANSWERED: dict[int | str, dict[str, Any]] = {
-    **described(SSE, "The infill, or the fields of it that were asked for; streamed: events, the last with `stop`."),
+    **described(
+        SSE, "The infill, or the fields of it that were asked for; streamed: events, those fields in the last."
+    ),
     **documented(*POSTED, 501, model=LlamaCppErrorReply),
 }
 

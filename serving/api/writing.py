@@ -108,10 +108,14 @@ class Writing:
         return Piece(self._index, text, self._whole_tokens(settled))
 
     def _whole_tokens(self, place: int) -> tuple[Token, ...]:
-        """Those not told yet that end before a place in the text."""
+        """Those not told yet that end before a place in the text, but for those of a character that is not whole."""
         start = self._told
         while self._told < len(self._tokens) and self._ends(self._tokens[self._told]) <= place:
             self._told += 1
+        if self._growing.holds_back and self._told == len(self._tokens):
+            while self._told > start and not self._tokens[self._told - 1].text:
+                self._told -= 1
+            self._told = max(start, self._told - 1)
         return tuple(self._tokens[start : self._told])
 
     def _ends(self, token: Token) -> int:

@@ -25,6 +25,7 @@ from tests.benchmarks.output import above_zero, check_files, console, origin, pa
 
 PROMPT, OUTPUT = 600, 64
 JOB_WAITS = 64
+FEWEST = 50
 
 
 @dataclass
@@ -137,6 +138,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     check_files(parser, asked.json, None)
+    if min(asked.rates) * asked.seconds < FEWEST:
+        parser.error(f"--seconds {asked.seconds:g}: fewer than {FEWEST} people have no p99")
     cases = itertools.product(asked.rates, range(asked.seeds))
     found = [study(rate, seconds=asked.seconds, beside=asked.beside, seed=seed) for rate, seed in cases]
     table = Table(

@@ -89,7 +89,7 @@ def test_a_job_stops_while_it_gathers_and_gathers_anew_after_a_kill(tmp_path: Pa
     command = ("--input", source, "--output", output, "--order", "global", "--engine", "instant")
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         with running(tmp_path / "log", *command) as job:
-            job.until(lambda: any((state / ".sort.tmp").glob("*")))
+            job.until(lambda: any((state / ".sort.tmp").glob("*/*")))
             job.process.send_signal(number)
             assert job.wait(10) == code
         assert not (state / "gathered.parquet").exists()

@@ -102,10 +102,13 @@ class Tenant:
         """A result file's lines; none where there is no file."""
         return [json.loads(line) for line in self.openai.files.content(file_id).iter_lines()] if file_id else []
 
+    def parts(self, job_id: str) -> list[str]:
+        """The names of a job's parts that are out."""
+        return [part["name"] for part in self.http.get(f"/v1/jobs/{job_id}/results").json()["data"]]
+
     def column(self, job_id: str, name: str) -> list[Any]:
-        """A column of a job's results."""
-        parts = self.http.get(f"/v1/jobs/{job_id}/results").json()["data"]
-        paths = [f"/v1/jobs/{job_id}/results/{part['folder']}/{part['name']}" for part in parts]
+        """A column of a job's results, none of which are errors."""
+        paths = [f"/v1/jobs/{job_id}/results/data/{part}" for part in self.parts(job_id)]
         tables = [pq.read_table(io.BytesIO(self.http.get(path).content)) for path in paths]
         return [value for table in tables for value in table[name].to_pylist()]
 
@@ -268,7 +271,8 @@ def test_a_signal_ends_it_in_the_middle_of_works_which_the_next_server_goes_on_w
     with running_server(tmp_path, *SLOW) as server:
         tenant = Tenant(server, "acme")
         batch, job = tenant.batch(COUNT), tenant.job(COUNT, rows_per_part=1_000)
-        until(lambda: segments(server, batch.id) and segments(server, job["id"]), server)
+        until(lambda: segments(server, batch.id) and tenant.parts(job["id"]), server)
+        (first,) = tenant.parts(job["id"])
         end(server, signal.SIGTERM, 143)
     with running_server(tmp_path, *SLOW, *others) as server:
         tenant.openai = OpenAI(base_url=f"{server.url}/v1", api_key=tenant.key)
@@ -281,6 +285,12 @@ def test_a_signal_ends_it_in_the_middle_of_works_which_the_next_server_goes_on_w
         ]
         assert tenant.ended(f"/v1/jobs/{job['id']}")["status"] == "completed"
         assert tenant.column(job["id"], "number") == list(range(COUNT))
+        kinds = {name.rsplit("-", 1)[1] for name in tenant.parts(job["id"])}
+        assert len(kinds) == 1, "one kind of engine has made all of it"
+        assert (first.rsplit("-", 1)[1] in kinds) == (not others)
+        for work in (batch.id, job["id"]):
+            (used,) = tenant.http.get("/v1/usage", params={"job": work, "by": "job"}).json()["data"]
+            assert used["requests"] == COUNT
         end(server, signal.SIGINT, 130)
 
 

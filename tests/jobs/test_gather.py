@@ -50,7 +50,7 @@ def test_columns_that_are_kept_keep_their_types(write_rows: WriteRows, tmp_path:
         took=pa.array([1, 2], pa.duration("ms")),
         price=pa.array([1, 2]).cast(pa.decimal256(50, 2)),
         tags=[[{"name": "x"}], []],
-        views=pa.array([["x"], None], pa.list_(pa.string_view())),
+        views=pa.array([["x"], None], pa.large_list(pa.string_view())),
     )
     given, found = pq.read_table(source), gathered(source, tmp_path / "out")
     for name in ("uuid", "nothing", "took", "price", "tags"):

@@ -150,7 +150,7 @@ def test_the_cards_two_snippets_give_the_cards_ids() -> None:
     assert infill.token_ids == (
         [4299, 23748, 62, 6894, 33529, 198, 50284, 51199, 50285, 1441, 1438, 50256, 50317, 51199]
     )
-    assert fmt.stop_token_ids == (50_318, 50_256, 50_317, 51_198, 51_199)
+    assert fmt.stop_token_ids == (50_318, 50_256, 51_198, 51_199, 50_317)
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))

@@ -68,11 +68,16 @@ def test_tokens_stand_where_their_text_does(text: str, stop: list[str], sizes: l
         assert all(token.offset + len(token.text) <= len(told) for token in piece.tokens)
 
 
-def test_a_character_that_never_became_whole_is_shown_as_broken_at_the_end() -> None:
-    broken = FORMAT.tokenizer.encode("a😀")[:-1]
-    pieces = written(broken, [1] * 5, [], end=None)
-    assert "".join(piece.text for piece in pieces) == "a\ufffd"
+@pytest.mark.parametrize("sizes", [[1] * 9, [9], [2, 1]], ids=str)
+@pytest.mark.parametrize("text", ["a😀", "a 😀", "é 😀"])
+def test_a_character_that_never_became_whole_is_shown_as_broken_at_the_end(text: str, sizes: list[int]) -> None:
+    broken = FORMAT.tokenizer.encode(text)[:-1]
+    pieces = written(broken, sizes, [], end=None)
+    shown = "".join(piece.text for piece in pieces)
+    assert shown == FORMAT.decode(broken)
+    assert shown.endswith("\ufffd")
     assert pieces[-1].reason == "length"
+    assert "".join(token.text for piece in pieces for token in piece.tokens) == shown
 
 
 def test_the_stop_string_that_ended_it_is_named() -> None:
