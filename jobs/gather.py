@@ -22,7 +22,7 @@ from jobs.reader import ORIGIN_FILE, ORIGIN_ROW, InputSet, UnitReader, find_inpu
 from jobs.sorting import in_order
 from jobs.spec import JobSpec
 from jobs.store import Location, exists, publish
-from jobs.writer import storable_type
+from jobs.writer import storable, storable_type
 from serving.formats import Format
 
 ROW_GROUP = 8_192
@@ -96,14 +96,7 @@ def _with_origin(batch: pa.RecordBatch, schema: pa.Schema, file: InputFile, firs
     columns = [batch.column(name) for name in batch.schema.names]
     columns.append(pa.array([file.name] * batch.num_rows))
     columns.append(pa.array(range(first, first + batch.num_rows)))
-    fields = _sortable(schema)
-    return pa.record_batch([_plain_values(c, f.type) for c, f in zip(columns, fields, strict=True)], schema=fields)
-
-
-def _plain_values(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    if column.type == kind:
-        return column
-    return as_bytes(column) if is_text(column.type) else column.cast(kind)
+    return pa.record_batch([as_bytes(c) if is_text(c.type) else storable(c) for c in columns], schema=_sortable(schema))
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:

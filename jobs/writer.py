@@ -81,10 +81,11 @@ class HashingStream:
 def passed_through(batch: pa.RecordBatch, columns: Iterable[str], rows: Sequence[int]) -> dict[str, Any]:
     """The input's columns at ``rows``, a row as often as it is named."""
     indices = pa.array(rows, pa.int64())
-    return {name: _storable(batch.column(name)).take(indices) for name in columns}
+    return {name: storable(batch.column(name)).take(indices) for name in columns}
 
 
-def _storable(column: pa.Array) -> pa.Array:
+def storable(column: pa.Array) -> pa.Array:
+    """The column with views made plain, as ``storable_type`` says."""
     kind = storable_type(column.type)
     return column if kind == column.type else column.cast(kind)
 

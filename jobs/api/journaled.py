@@ -13,7 +13,6 @@ from jobs.plan import Unit
 from jobs.reader import UnitReader
 from jobs.store import Location, exists, locate
 from jobs.unit import BATCH_BYTES
-from serving.formats import Format, load_format
 
 
 def planned_ledger(output: Location) -> Ledger | None:
@@ -24,11 +23,10 @@ def planned_ledger(output: Location) -> Ledger | None:
     return ledger if ledger.has_plan else None
 
 
-def made_by(output: Location) -> tuple[Format, int]:
-    """The format, and the context in tokens, of the engines that have begun a job: the server's may be others now."""
+def made_by(output: Location) -> tuple[str, str, int]:
+    """The model, its format and the context in tokens by which a job was begun: the server's may be others now."""
     job = read_job(output)
-    fmt = load_format(job["identity"]["format"], tokenizer_of=job["spec"]["model"])
-    return fmt, job["identity"]["engine"]["max_model_len"]
+    return job["spec"]["model"], job["identity"]["format"], job["identity"]["engine"]["max_model_len"]
 
 
 class Journaled:

@@ -33,8 +33,8 @@ def _of_job(number: int, spec: JobSpec) -> Iterator[UnitUsage]:
     ledger = planned_ledger(locate(spec.output))
     if ledger is None:
         return
-    fmt, context = made_by(locate(spec.output))
-    spec, _, inputs = open_input(spec, fmt.spec.name, context)
+    model, name, context = made_by(locate(spec.output))
+    spec, fmt, inputs = open_input(spec.model_copy(update={"model": model}), name, context)
     columns = [name for role in spec.roles if (name := spec.column(role)) in inputs.schema.names]
     journaled, done = Journaled(ledger, spec.input, columns, spec.n), ledger.done()
     make = score_prompts if spec.task == "score" else row_prompts

@@ -23,7 +23,7 @@ from jobs.reader import READ_ROWS
 from jobs.rows import row_prompts
 from jobs.spec import JobSpec
 from jobs.store import Location, locate
-from serving.formats import Format, Prompt
+from serving.formats import Format, Prompt, load_format
 
 PART_COLUMNS = [*PASSED, "infill", "finish_reason", "prompt_tokens", "completion_tokens"]
 ERROR_COLUMNS = [*PASSED, "error_code", "error_message"]
@@ -112,7 +112,8 @@ class _Journals:
 
     @cached_property
     def _made_by(self) -> tuple[Format, int]:
-        return made_by(locate(self._spec.output))
+        model, name, context = made_by(locate(self._spec.output))
+        return load_format(name, tokenizer_of=model), context
 
     def rows(self, unit: Unit) -> Iterator[RowResult]:
         """The rows of a unit that its journal holds whole."""

@@ -147,8 +147,7 @@ def prompt_tokens(
     growing, offset = GrowingText(fmt.decode), 0
     for place, token_id in enumerate(token_ids):
         special = token_id in fmt.tokenizer.special_ids
-        name = "" if as_sent else fmt.tokenizer.token(token_id)
-        text = name if special else growing.add(token_id)
+        text = ("" if as_sent else fmt.tokenizer.token(token_id)) if special else growing.add(token_id)
         logprob = logprobs[place - 1] if logprobs and place else None
         top = named(fmt, alternatives[place - 1], token_id, logprob) if alternatives and place else ()
         tokens.append(Token(token_id, text, offset, logprob, top))
