@@ -2,7 +2,6 @@
 
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -84,8 +83,8 @@ def write_rows(path: Path, rows: int, row_bytes: int, seed: int) -> None:
     pq.write_table(table, path, row_group_size=5_000)
 
 
-def from_clone(module: str, arguments: list[str]) -> int:
-    """Run a benchmark of the tests in a process of its own; returns its exit code.
+def from_clone(module: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command that runs a benchmark of the tests, and its environment.
 
     Raises ``ConfigError`` outside a clone: it is not part of the package.
     """
@@ -93,4 +92,4 @@ def from_clone(module: str, arguments: list[str]) -> int:
     if not clone.joinpath("tests", "benchmarks").is_dir():
         raise ConfigError(f"{module} is not part of an installed package.", remedy="Run it from a clone of spanfill.")
     path = os.pathsep.join(filter(None, [str(clone), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, "-m", module, *arguments], env=os.environ | {"PYTHONPATH": path}).returncode
+    return [sys.executable, "-m", module, *arguments], os.environ | {"PYTHONPATH": path}

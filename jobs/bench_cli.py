@@ -1,6 +1,7 @@
 """``spanfill bench``: what is measured here, and the benchmarks that a clone has besides."""
 
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from typing import Annotated
@@ -43,7 +44,8 @@ def _clone_benchmark(name: str, about: str, example: str) -> None:
     def passed_on(context: typer.Context) -> None:
         from jobs.bench import from_clone
 
-        raise typer.Exit(from_clone(f"tests.benchmarks.{name}", context.args))
+        command, environment = from_clone(f"tests.benchmarks.{name}", context.args)
+        os.execve(command[0], command, environment)  # In this process' place: signals end the benchmark itself.
 
     settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     bench.command(name=name, help=about, context_settings=settings, epilog=f"Example: {example}")(passed_on)

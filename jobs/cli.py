@@ -16,8 +16,10 @@ from jobs import bench_cli, score_cli, serve_cli, tenants_cli, tune_cli
 from jobs.options import (
     EXIT_ERROR_ROWS,
     FormatName,
+    JobFiles,
     Json,
     ModelName,
+    merged,
     names_of,
     notice,
     pairs_of,
@@ -63,7 +65,7 @@ def main() -> None:
 
 @app.command(epilog="Example: spanfill run --input pairs.parquet --output out --model demo-codegen25 --max-tokens 64")
 def run(
-    job: Annotated[Path | None, typer.Option(help="A YAML file of these options; flags win over it.")] = None,
+    job: JobFiles = None,
     input: Annotated[str | None, typer.Option(help="Parquet file, folder, glob or URI.")] = None,  # noqa: A002
     output: Annotated[str | None, typer.Option(help="Folder or URI for the results.")] = None,
     model: Annotated[str | None, typer.Option(help="Known name, folder or hub id (default: demo-codegen25).")] = None,
@@ -129,7 +131,6 @@ def run(
     from jobs.progress import Display
     from jobs.runner import run_job
     from jobs.spec import parse_spec
-    from serving.config import read_yaml
 
     given = {
         key: value
@@ -143,7 +144,7 @@ def run(
         extra_columns=names_of(with_),
         keep_columns=names_of(keep_columns),
     )
-    spec = parse_spec({**(read_yaml(job) if job else {}), **given})
+    spec = parse_spec(merged(job or [], given))
     # Ray prints some of its messages to stdout, which belongs to the manifest.
     with redirect_stdout(sys.stderr), Display() as display:
         notice(spec.model, display.console, engine=spec.engine)

@@ -1,7 +1,8 @@
 """The feeders of a job: filled with units, watched, and replaced when they die."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from jobs.feeder import Feeder, FeederReport, Route
-from jobs.plan import InputFile, Unit
+from jobs.plan import UNIT_BYTES, InputFile, Unit, input_bytes
 from jobs.tally import Tally
 from jobs.unit import FeederConfig
 from serving.errors import FeederError, SpanfillError
@@ -17,10 +18,21 @@ from serving.errors import FeederError, SpanfillError
 UNITS_AHEAD = 3
 """Units that a feeder has under way at least: while one drains, the next is read and tokenised."""
 
+MOST_UNITS = 256
+"""Units that a feeder has under way at most, where a unit is a small file."""
+
 MOST_DEATHS = 5
 """Feeders that may die one after the other without a row finished in between."""
 
 NO_FILE = InputFile("", "", 0, 0, 0, "")
+
+
+def wants_more(units: Sequence[Unit], file_of: Callable[[Unit], InputFile], rows: int) -> bool:
+    """Whether a feeder with ``units`` under way should get another: until they have ``rows``, as memory allows."""
+    if len(units) < UNITS_AHEAD or len(units) >= MOST_UNITS:
+        return len(units) < UNITS_AHEAD
+    taken = sum(input_bytes(unit, file_of(unit)) for unit in units)
+    return sum(unit.rows for unit in units) < rows and taken < UNITS_AHEAD * UNIT_BYTES
 
 
 @dataclass
@@ -39,40 +51,41 @@ class Crew:
         self._left = left
         self._files = files
         self._attachment: tuple[str, str, Route] | None = None
-        self._ahead = UNITS_AHEAD
+        self._rows = 0
         self._deaths = 0
         self._seats = [_Seat(self._hire()) for _ in range(count)]
 
     def _hire(self) -> Any:
-        return ray.remote(Feeder).options(num_cpus=0, max_concurrency=64).remote(self._config)
+        return ray.remote(Feeder).options(num_cpus=0, max_concurrency=2 * MOST_UNITS).remote(self._config)
 
     @property
     def busy(self) -> bool:
         """Whether a unit is under way."""
         return any(seat.units for seat in self._seats)
 
-    def attach(self, deployment: str, app: str, route: Route, *, units: int) -> None:
-        """Let every feeder, and whoever replaces it, call the application's replicas; each has ``units`` units."""
+    def attach(self, deployment: str, app: str, route: Route, *, rows: int) -> None:
+        """Let every feeder, and whoever replaces it, call the application's replicas; each has ``rows`` under way."""
         self._attachment = (deployment, app, route)
-        self._ahead = max(UNITS_AHEAD, units)
-        for seat in self._seats:
-            self._attach(seat)
+        self._rows = rows
+        self._attach(self._seats)
 
-    def _attach(self, seat: _Seat) -> None:
+    def _attach(self, seats: Sequence[_Seat]) -> None:
         if self._attachment is None:
             return
-        try:
-            ray.get(seat.feeder.attach.remote(*self._attachment))
-        except RayActorError:
-            return  # Its units say so too, and then it is replaced.
+        for attached in [seat.feeder.attach.remote(*self._attachment) for seat in seats]:
+            # One that died is replaced when its units say so too.
+            with suppress(RayActorError):
+                ray.get(attached)
 
     def fill(self) -> None:
         """Hand out units until every feeder has enough."""
         for seat in self._seats:
-            while self._left and len(seat.units) < self._ahead:
+            while self._left and wants_more(list(seat.units.values()), self._file, self._rows):
                 unit = self._left.popleft()
-                file = self._files[unit.file] if self._files else NO_FILE
-                seat.units[seat.feeder.run.remote(unit, file)] = unit
+                seat.units[seat.feeder.run.remote(unit, self._file(unit))] = unit
+
+    def _file(self, unit: Unit) -> InputFile:
+        return self._files[unit.file] if self._files else NO_FILE
 
     def gather(self, timeout: float) -> list[Tally]:
         """Wait up to ``timeout`` seconds for a unit; the sums of those that are finished.
@@ -103,7 +116,7 @@ class Crew:
         self._deaths += 1
         units = list(seat.units.values())
         if self._deaths > MOST_DEATHS:
-            names = ", ".join(f"{self._files[u.file].name} rows {u.start} to {u.stop}" for u in units[:UNITS_AHEAD])
+            names = ", ".join(f"{self._file(u).name} rows {u.start} to {u.stop}" for u in units[:UNITS_AHEAD])
             raise FeederError(
                 f"{self._deaths} feeders died one after the other without finishing a row, last with {names}: "
                 f"{' '.join(str(death).split())[:300]}",
@@ -111,7 +124,7 @@ class Crew:
             )
         self._left.extendleft(reversed(units))
         seat.units, seat.feeder = {}, self._hire()
-        self._attach(seat)
+        self._attach([seat])
 
     def report(self) -> FeederReport:
         """How far the units under way are, of all feeders that answer."""

@@ -105,7 +105,8 @@ def plan_job(spec: JobSpec, wish: Wish) -> Plan:
     job or option that cannot be used.
     """
     _check(wish)
-    shape = model_shape(resolve_model(spec.model, format=spec.format, revision=spec.revision, weights=False))
+    model = resolve_model(spec.model, format=spec.format, revision=spec.revision, weights=False)
+    shape, context = model_shape(model), spec.max_model_len or model.context
     if shape.heads % spec.tensor_parallel_size:
         raise ConfigError(
             f"--tensor-parallel-size {spec.tensor_parallel_size} does not divide the model's {shape.heads} heads.",
@@ -128,7 +129,7 @@ def plan_job(spec: JobSpec, wish: Wish) -> Plan:
         varied=output_tokens < spec.max_tokens,
         stop_share=min(stops, spec.max_tokens - output_tokens),
     )
-    lines = [_gpu_line(spec, wish, sample, load, shape, g, p) for g in wish.gpus for p in wish.precisions]
+    lines = [_gpu_line(spec, wish, sample, load, shape, context, g, p) for g in wish.gpus for p in wish.precisions]
     calibrated = _calibrated_line(spec, sample, load, calibration) if calibration else None
     return Plan(spec, wish, sample, load, source, shape, tuple(lines), calibration, calibrated)
 
@@ -166,14 +167,21 @@ def _output_tokens(spec: JobSpec, wish: Wish) -> tuple[float, float, str]:
 
 
 def _gpu_line(
-    spec: JobSpec, wish: Wish, sample: Sample, load: Load, shape: ModelShape, gpu: Gpu, precision: Precision
+    spec: JobSpec,
+    wish: Wish,
+    sample: Sample,
+    load: Load,
+    shape: ModelShape,
+    context: int,
+    gpu: Gpu,
+    precision: Precision,
 ) -> Line:
     size = spec.tensor_parallel_size
     try:
         roofline = replica_roofline(
             gpu, shape, precision,
             tensor_parallel_size=size,
-            max_model_len=spec.max_model_len or resolve_model(spec.model, format=spec.format, weights=False).context,
+            max_model_len=context,
             max_num_seqs=wish.max_num_seqs,
         )  # fmt: skip
     except ModelError as error:

@@ -162,13 +162,17 @@ class Lanes:
         return None
 
     def _room(self, state: _Lane, call: float, smallest: float) -> float:
-        """Weight that the lane may take: any, until so little is left that a slow one would be late with it."""
-        now, speeds = self._clock(), [lane.speed for lane in self._lanes]
+        """Weight that the lane may take: any, until so little is left that a slow one would be late with it.
+
+        A lane that has answered nothing yet is thought to be as fast as the others in the mean.
+        """
+        now, speeds = self._clock(), [lane.speed for lane in self._lanes if lane.speed]
         flying = sum(lane.left(now) for lane in self._lanes)
-        if not all(speeds) or self._waiting > 2 * flying + call:
+        if not speeds or self._waiting > 2 * flying + call:
             return math.inf
-        seconds = (self._waiting + flying) / sum(speeds)
-        fair = seconds * state.speed - state.left(now)
+        mean = sum(speeds) / len(speeds)
+        seconds = (self._waiting + flying) / (mean * len(self._lanes))
+        fair = seconds * (state.speed or mean) - state.left(now)
         return fair if fair >= smallest else 0.0 if state.calls else smallest
 
     def settle(self, ticket: Ticket, *, answered: bool, waiting: int | None = None) -> None:

@@ -1,5 +1,7 @@
 """What the commands have in common: options, what becomes of their texts, and what is said before and after a job."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +13,10 @@ from serving.errors import ConfigError
 EXIT_ERROR_ROWS = 3
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress goes to stderr.")]
+JobFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--job", help="A YAML file of the options of run; later files win, and flags over them; repeatable."),
+]
 ModelName = Annotated[str, typer.Option(help="A known name (see `spanfill models`), a folder or a hub id.")]
 FormatName = Annotated[str | None, typer.Option("--format", help="The infill format where the model does not tell it.")]
 
@@ -41,6 +47,18 @@ def scalars_of(texts: dict[str, str] | None) -> dict[str, Any] | None:
         except (yaml.YAMLError, ValueError):
             raise ConfigError(f"--engine-arg {key}={text} is not YAML.", remedy="Put text in quotes.") from None
     return values or None
+
+
+def merged(files: Sequence[Path], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of YAML files and of flags; what comes later wins, in a mapping key by key."""
+    from serving.config import read_yaml
+
+    found: dict[str, Any] = {}
+    for values in [*map(read_yaml, files), given]:
+        for name, value in values.items():
+            before = found.get(name)
+            found[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return found
 
 
 def present(**values: Any) -> dict[str, Any]:

@@ -53,6 +53,11 @@ class Unit:
         return self.stop - self.start
 
 
+def input_bytes(unit: Unit, file: InputFile) -> int:
+    """About what a unit of the file takes uncompressed."""
+    return file.uncompressed // max(1, file.rows) * unit.rows
+
+
 def plan_units(files: Iterable[InputFile], *, rows_per_part: int, limit: int | None = None) -> Iterator[Unit]:
     """Cut each file into even units of ``rows_per_part`` rows and ``UNIT_BYTES`` at most, from its footer alone.
 

@@ -32,7 +32,7 @@ from serving.formats import load_format
 ROWS_AHEAD = 2
 """Rows in flight for each place in an engine's batch, so that a finished row's successor already waits there."""
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 DRAIN_SECONDS = 10.0
 """What is in flight may finish for so long after a signal or a failure: less than the 30 s of a spot pre-emption."""
 
@@ -223,10 +223,10 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
     try:
         run.started.reached("engine")
         info = service.info
-        route, units = route_of(service.replicas, info.max_num_seqs, info.block_size, spec)
-        crew.attach(DEPLOYMENT, service.name, route, units=units)
-        run.progress.stage = "running"
+        route, rows = route_of(service.replicas, info.max_num_seqs, info.block_size, spec)
         before, ran = service.stats(), run.ran
+        crew.attach(DEPLOYMENT, service.name, route, rows=rows)
+        run.progress.stage = "running"
         _watch(run, crew, left, service)
         after = service.stats()
         busy = occupancy(service.info, before, after, run.ran - ran, run.finished)
@@ -239,14 +239,14 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
 
 
 def route_of(replicas: int, max_num_seqs: int, block_size: int, spec: JobSpec) -> tuple[Route, int]:
-    """How each feeder calls the replicas, and the units that it needs to keep them busy.
+    """How each feeder calls the replicas, and the rows that it needs under way to keep them busy.
 
-    At first all feeders together have ``ROWS_AHEAD`` times what an engine's batch holds in flight to it.
+    At first all feeders together have ``ROWS_AHEAD`` times what an engine's batch holds in flight to it; as many rows
+    again are prepared meanwhile.
     """
     calls = max(3, math.ceil(ROWS_AHEAD * max_num_seqs / spec.batch_rows))
     window = max(2, math.ceil(calls / spec.feeders))
-    flying = window * replicas * spec.batch_rows
-    return Route(replicas, window, block_size), 2 + math.ceil(flying / spec.rows_per_part)
+    return Route(replicas, window, block_size), 2 * window * replicas * spec.batch_rows
 
 
 def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> None:
@@ -274,11 +274,11 @@ def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> No
 def _tell(run: _Run, crew: Crew) -> None:
     """Bring the progress up to date and show it; the lease carries it to whoever asks for the job's status."""
     report, progress = crew.report(), run.progress
-    if progress.fresh_rows:
-        run.started.reached("first rows")
     tally = Tally().add(run.finished)
     for part in report.units.values():
         tally.add(part)
+    if tally.rows > tally.replayed + tally.refused:
+        run.started.reached("first rows")
     progress.tally, progress.seconds = tally, run.ran
     seen = {example["row"]: example for example in progress.examples + report.examples}
     progress.examples = list(seen.values())[:3]

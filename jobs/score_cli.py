@@ -3,7 +3,6 @@
 import json
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +11,9 @@ from rich.console import Console
 from jobs.options import (
     EXIT_ERROR_ROWS,
     FormatName,
+    JobFiles,
     Json,
+    merged,
     names_of,
     notice,
     pairs_of,
@@ -25,7 +26,7 @@ EXAMPLE = "Example: spanfill score --input corpus.parquet --output scores --mode
 
 
 def score(
-    job: Annotated[Path | None, typer.Option(help="A YAML file of these options; flags win over it.")] = None,
+    job: JobFiles = None,
     input: Annotated[str | None, typer.Option(help="Parquet file, folder, glob or URI.")] = None,  # noqa: A002
     output: Annotated[str | None, typer.Option(help="Folder or URI for the results.")] = None,
     model: Annotated[str | None, typer.Option(help="Known name, folder or hub id (default: demo-codegen25).")] = None,
@@ -78,7 +79,6 @@ def score(
     from jobs.progress import Display
     from jobs.runner import run_job
     from jobs.spec import parse_spec
-    from serving.config import read_yaml
 
     given = present(
         input=input, output=output, model=model, revision=revision, format=format, engine=engine,
@@ -90,7 +90,7 @@ def score(
         max_attempts=max_attempts, max_error_rate=max_error_rate, feeders=feeders, store_patience=store_patience,
         retry_errors=retry_errors, resume=resume, overwrite=overwrite,
     )  # fmt: skip
-    spec = parse_spec({**(read_yaml(job) if job else {}), **given, "task": "score"})
+    spec = parse_spec(merged(job or [], given | {"task": "score"}))
     # Ray prints some of its messages to stdout, which belongs to the manifest.
     with redirect_stdout(sys.stderr), Display() as display:
         notice(spec.model, display.console, engine=spec.engine, made="figure")

@@ -18,7 +18,6 @@ class Knob:
 
     name: str
     values: tuple[Any, ...]
-    gpu_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,9 @@ def search(
     """Coordinate descent over ``knobs`` from the settings ``begin``; ``tell`` is called after each trial.
 
     A first run warms what all runs share (files that are read, kernels that are compiled) and counts for nothing. The
-    baseline is measured twice, and a setting wins only if two of its own runs are better than the best so far by
-    more than the noise. A setting that the engine refuses is a trial without figures; what the engine does unasked
-    is not tried, nor what ``objection`` says something against. Ends when ``late`` says so.
+    baseline is measured twice, and a setting wins only if two of its own runs are better than the best so far by more
+    than the noise. A setting that the engine refuses or does not go by is a trial without figures; what the engine does
+    unasked is not tried, nor what ``objection`` says something against. Ends when ``late`` says so.
     """
     found = Tuning(dict(begin))
     first = measure(found.best)
@@ -110,7 +109,7 @@ def search(
                 continue
             if late():
                 return found
-            _try(measure, setting, settings, found, tell)
+            _try(measure, knob.name, setting, settings, found, tell)
     found.finished = True
     return found
 
@@ -127,11 +126,11 @@ def _baseline(measure: Measure, found: Tuning, tell: Tell) -> None:
         tell(found)
 
 
-def _try(measure: Measure, name: str, settings: Settings, found: Tuning, tell: Tell) -> None:
+def _try(measure: Measure, name: str, setting: str, settings: Settings, found: Tuning, tell: Tell) -> None:
     """Measure a setting, a second time if the first one looks like a win, and keep it if both do."""
     wins: list[Figures] = []
     while len(wins) < 2:
-        trial = _measured(measure, name, settings)
+        trial = _measured(measure, name, setting, settings)
         found.trials.append(trial)
         won = trial.figures is not None and found.is_win(trial.figures)
         if won and trial.figures is not None:
@@ -144,8 +143,11 @@ def _try(measure: Measure, name: str, settings: Settings, found: Tuning, tell: T
             return
 
 
-def _measured(measure: Measure, name: str, settings: Settings) -> Trial:
+def _measured(measure: Measure, name: str, setting: str, settings: Settings) -> Trial:
     try:
-        return Trial(name, settings, measure(settings))
+        figures = measure(settings)
     except (ConfigError, EngineError, ResourceError, TooManyErrorsError) as error:
-        return Trial(name, settings, failure=str(error).splitlines()[0])
+        return Trial(setting, settings, failure=str(error).splitlines()[0])
+    if (kept := figures.in_force.get(name, settings[name])) != settings[name]:
+        return Trial(setting, settings, failure=f"the engine goes by {name}={kept} all the same".lower())
+    return Trial(setting, settings, figures)

@@ -34,7 +34,7 @@ def serve(
     """Answer HTTP requests in OpenAI's, Mistral's, llama.cpp's and Ollama's form, while jobs use the same engines."""
     from jobs.api.config import RoutesConfig
     from jobs.server import serve_until_stopped
-    from serving.app import AppConfig
+    from serving.app_config import AppConfig
     from serving.config import read_yaml
 
     console = Console(stderr=True)

@@ -9,7 +9,8 @@ import ray
 from ray import serve
 
 from jobs.signals import Signals, interruptible
-from serving.app import APP, DEPLOYMENT, AppConfig, assemble
+from serving.app import APP, DEPLOYMENT, assemble
+from serving.app_config import AppConfig
 from serving.errors import ConfigError, EngineError
 from serving.fleet import RESOURCE_WAIT_SECONDS, connected, last_words
 from serving.tenants.store import open_store
@@ -40,7 +41,7 @@ def serve_until_stopped(config: AppConfig, *, host: str, port: int, say: Callabl
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         try:
             if _is_running(stop, config.replicas.replicas, say):
-                say(f"{config.model} at http://{host}:{port} (OpenAPI: /docs)")
+                say(f"{config.model} at http://{f'[{host}]' if ':' in host else host}:{port} (OpenAPI: /docs)")
                 say(f"jobs join with {_way_in()}")
                 if not has_tenants:
                     say("no key is asked for yet. Make a tenant and its key: spanfill tenants create NAME")
@@ -95,9 +96,13 @@ def _room() -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"--host {host}: {error.strerror}.", remedy="Give an address of this machine.") from None
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind(address)
         except OSError as error:
             raise ConfigError(f"{host}:{port}: {error.strerror}.", remedy="Choose another --port.") from None

@@ -13,10 +13,11 @@ from jobs.store import PATIENCE_SECONDS
 from serving.config import EngineConfig, EngineKind, Frozen
 from serving.engine_args import SPEED_ARGUMENTS
 from serving.errors import ConfigError
+from serving.formats import FORMATS
 from serving.tenants.caller import Caller
 from serving.tenants.terms import LEAST_WEIGHT, MOST_WEIGHT, NAME
 from serving.trimming import TRIMMINGS
-from serving.truncation import DEFAULT_PREFIX_ALIGN, DEFAULT_SUFFIX_SHARE
+from serving.truncation import DEFAULT_SUFFIX_SHARE
 
 ROLES = ("prefix", "suffix", "id")
 SCORE_ROLES = ("prefix", "suffix", "middle", "text", "id")
@@ -189,7 +190,7 @@ class JobSpec(Frozen):
             | {"engine_args": arguments},
             "weights": weights,
             "format": format_name,
-            "prefix_align": DEFAULT_PREFIX_ALIGN if self.prefix_align is None else self.prefix_align,
+            "prefix_align": FORMATS[format_name].prefix_align if self.prefix_align is None else self.prefix_align,
             "suffix_share": DEFAULT_SUFFIX_SHARE if self.suffix_share is None else self.suffix_share,
             **self.model_dump(mode="json", include=names),
         }

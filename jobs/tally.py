@@ -76,9 +76,13 @@ def count(counts: dict[str, int], key: str) -> None:
 
 @contextmanager
 def timed(tally: Tally, work: str) -> Iterator[None]:
-    """Count the CPU time that this thread, and the tokenizer's threads, use in the block."""
-    started = time.thread_time() + pool_seconds()
+    """Count the CPU time that this thread, and for ``tokenize`` the tokenizer's threads, use in the block."""
+
+    def used() -> float:
+        return time.thread_time() + (pool_seconds() if work == "tokenize" else 0.0)
+
+    started = used()
     try:
         yield
     finally:
-        tally.cpu_seconds[work] = tally.cpu_seconds.get(work, 0.0) + time.thread_time() + pool_seconds() - started
+        tally.cpu_seconds[work] = tally.cpu_seconds.get(work, 0.0) + used() - started

@@ -33,18 +33,26 @@ GRID = (
     Knob("max_num_seqs", (32, 64, 128, 256, 512, 1_024)),
     Knob("max_num_batched_tokens", (2_048, 4_096, 8_192, 16_384)),
     Knob("async_scheduling", (True, False)),
-    # vLLM 0.32's CPU build dies on seeded, sampled prompts that are prefilled in chunks: see serving.engine_args.
-    Knob("enable_chunked_prefill", (True, False), gpu_only=True),
+    Knob("enable_chunked_prefill", (True, False)),
     Knob("block_size", (32, 64, 128, 16)),
 )
 """What is tried. All are arguments of speed and memory: a begun job goes on with other ones."""
 
 
-def objection(name: str, asked: Settings, in_force: Settings, *, rows: int, max_model_len: int) -> str:
+NEEDS_GPU = {
+    "async_scheduling": "vLLM's CPU build has none",
+    "enable_chunked_prefill": "vLLM's CPU build dies on seeded, sampled prompts in chunks",  # See serving.engine_args.
+}
+"""What is tried with vLLM's build for GPUs alone, and why."""
+
+
+def objection(name: str, asked: Settings, in_force: Settings, *, rows: int, max_model_len: int, gpu: bool) -> str:
     """Why it makes no sense to try the value of ``name`` that is ``asked`` for on a sample of ``rows``, or nothing.
 
     A budget that is not asked for is no obstacle: vLLM raises it to what prompts need that may not be cut.
     """
+    if name in NEEDS_GPU and not gpu:
+        return NEEDS_GPU[name]
     if name == "max_num_seqs" and 2 * asked[name] > rows:
         return f"{rows:,} rows do not fill it twice over, {2 * asked[name]:,} would (--rows)"
     budget, is_cut = asked.get("max_num_batched_tokens"), (in_force | asked).get("enable_chunked_prefill", True)
@@ -77,10 +85,10 @@ def tune(
         pq.write_table(rows_to_try, sample)
         return search(
             lambda settings: _run(spec, sample, settings, watcher),
-            [knob for knob in knobs if gpu or not knob.gpu_only],
+            knobs,
             spec.engine_args,
             late=lambda: clock() >= deadline,
-            objection=partial(objection, rows=rows_to_try.num_rows, max_model_len=length),
+            objection=partial(objection, rows=rows_to_try.num_rows, max_model_len=length, gpu=gpu),
             tell=tell,
         )
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from jobs.options import FormatName, Json, notice, pairs_of, present, scalars_of
+from jobs.options import FormatName, JobFiles, Json, merged, notice, pairs_of, present, scalars_of
 
 EXAMPLE = "Example: spanfill tune --input pairs.parquet --model demo-codegen25 --output engine.yaml"
 
@@ -19,7 +19,7 @@ def tune(
     output: Annotated[
         Path, typer.Option(help="The YAML file to write, for `run --job`.", dir_okay=False, writable=True)
     ] = Path("engine.yaml"),
-    job: Annotated[Path | None, typer.Option(help="A YAML file of the options of run; flags win over it.")] = None,
+    job: JobFiles = None,
     rows: Annotated[
         int | None, typer.Option(help="Rows of the sample (default: 256; with vLLM's build for GPUs 2,048).", min=2)
     ] = None,
@@ -38,13 +38,12 @@ def tune(
     from jobs.spec import parse_spec
     from jobs.tune import table, told, write_report
     from jobs.tune import tune as find
-    from serving.config import read_yaml
 
-    given = (read_yaml(job) if job else {}) | {"output": "."} | present(
-        input=input, model=model, format=format, max_tokens=max_tokens, replicas=replicas,
+    given = present(
+        output=".", input=input, model=model, format=format, max_tokens=max_tokens, replicas=replicas,
         engine_args=scalars_of(pairs_of(engine_arg, "--engine-arg")), columns=pairs_of(column, "--column"),
     )  # fmt: skip
-    spec = parse_spec(given)
+    spec = parse_spec(merged(job or [], given))
     with redirect_stdout(sys.stderr), Display() as display:
         notice(spec.model, display.console, engine=spec.engine)
 

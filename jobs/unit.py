@@ -206,7 +206,7 @@ class UnitWork:
         size = self._spec.batch_rows
         if self._spec.order == "input":
             left = sorted(rows)
-            return [[left[i : i + size]] for i in range(0, len(left), size)], weights
+            return [[left[i : i + size] for i in range(0, len(left), size)]] if left else [], weights
         return grouped(keys, cut(keys, [row for row in order if row in rows], size), block_size), weights
 
     def _find_twins(self, keys: list[bytes], order: list[int], ideal: dict[int, int], block_size: int) -> set[int]:

@@ -1,17 +1,14 @@
 """Assembly: one configuration -> one Ray Serve application of replicas. The only place that puts it together."""
 
-import importlib
 from typing import Any
 
-from pydantic import Field, JsonValue
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from serving.config import EngineConfig, EngineKind, Frozen, ReplicaConfig
-from serving.engine_args import check_engine_args, is_gpu_build, reads_weights
-from serving.errors import ConfigError
-from serving.models import Model, resolve_model
+from serving.app_config import AppConfig, function_of
+from serving.config import EngineConfig, ReplicaConfig
+from serving.engine_args import is_gpu_build
 from serving.replica import Replica
 from serving.router import LaneRouter
 from serving.weights import resolve_revision
@@ -36,46 +33,6 @@ HEALTH_CHECK_PERIOD_S = 1.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
 SIMULATED_CORES = 0.001
 """What a simulated replica asks of Ray: enough to be counted, so little that hundreds fit a laptop."""
-
-
-class AppConfig(Frozen):
-    """What ``serve.yaml`` may say; ``model`` is a known name, a folder or a hub id.
-
-    ``gateways`` answer HTTP (0: the replicas are for jobs alone) with the API's own routes and those that ``routes``
-    name as ``module:function``, each with its settings. With ``open_until_tenants`` no key is asked for before there is
-    a tenant: only for a server that listens on loopback.
-    """
-
-    model: str
-    revision: str | None = None
-    format: str | None = None
-    engine: EngineKind = "vllm"
-    dtype: str | None = None
-    max_model_len: int | None = Field(None, gt=0)
-    tensor_parallel_size: int = Field(1, ge=1)
-    engine_args: dict[str, Any] = Field(default_factory=dict)
-    replicas: ReplicaConfig = ReplicaConfig()
-    gateways: int = Field(0, ge=0)
-    open_until_tenants: bool = False
-    routes: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
-
-    @property
-    def resolved(self) -> Model:
-        """The model; raises ``ModelError``."""
-        weights = reads_weights(self.engine, self.engine_args)
-        return resolve_model(self.model, format=self.format, revision=self.revision, weights=weights)
-
-    def engine_config(self) -> EngineConfig:
-        """The engine that every replica runs; raises ``ModelError`` or ``ConfigError``."""
-        if self.engine == "vllm":
-            check_engine_args(self.engine_args)
-        return self.resolved.engine_config(
-            kind=self.engine,
-            dtype=self.dtype,
-            max_model_len=self.max_model_len,
-            tensor_parallel_size=self.tensor_parallel_size,
-            engine_args=self.engine_args,
-        )
 
 
 def build(engine: EngineConfig, replica: ReplicaConfig) -> Application:
@@ -133,15 +90,6 @@ def with_gateways(replicas: Application, config: AppConfig, replica: ReplicaConf
         logging_config=QUIET,
     )
     return deployment.bind(replicas, told, served(model, config.model, engine.max_model_len), config)
-
-
-def function_of(name: str) -> Any:
-    """The function that ``module:function`` names; raises ``ConfigError``."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"routes: {name} is not there: {error}.", remedy="Write module:function.") from None
 
 
 def _cores(engine: EngineConfig, replica: ReplicaConfig) -> float:

@@ -43,6 +43,9 @@ RAY_FOLDER = str(Path(ray.__file__).parent)
 UNSTARTED = "The machine may be too busy: run again. Ray's logs are in /tmp/ray, or where RAY_TMPDIR says."
 UNREACHED = "Check the address, or unset it; where Ray asks for a token, set RAY_AUTH_MODE=token."
 
+UNREAD = ("/log_monitor.py", "/monitor.py", "/dashboard.py")
+"""Ray's programs for logs, autoscaling and its own API, of which an embedded cluster has no reader: 1 % of a core."""
+
 EMBEDDED = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
@@ -102,6 +105,10 @@ def _start() -> None:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             init()
+    for process in _daemons() - before:
+        with suppress(psutil.NoSuchProcess):
+            if any(argument.endswith(UNREAD) for argument in process.cmdline()):
+                process.kill()
 
 
 def _daemons() -> set[psutil.Process]:

@@ -11,7 +11,7 @@ from serving.errors import FormatError, SpanfillError
 from serving.models import resolve_model
 from serving.stopping import StopWatch, find_cut
 from serving.tokenizer import CODEGEN25, Tokenizer, codegen25, load_tokenizer
-from serving.truncation import room_for_text, window
+from serving.truncation import DEFAULT_PREFIX_ALIGN, room_for_text, window
 
 
 class Part(Enum):
@@ -47,6 +47,11 @@ class FormatSpec:
     def control_tokens(self) -> tuple[str, ...]:
         """The layout's control tokens."""
         return tuple(item for item in self.layout if isinstance(item, str))
+
+    @property
+    def prefix_align(self) -> int:
+        """Where cut prefixes begin unless told otherwise; 1 behind a suffix, where rows cannot share them anyway."""
+        return 1 if S in self.layout and self.layout.index(S) < self.layout.index(P) else DEFAULT_PREFIX_ALIGN
 
 
 _MASK = (P, "<mask_1>", S, "<|endoftext|>", "<sep>", "<mask_1>")
@@ -316,6 +321,7 @@ class Format:
             return Prompt(
                 self._lay_out(before, after, suffix), self.stop_token_ids, False, len(prefix), len(suffix or "")
             )
+        align = self.spec.prefix_align if align is None else align
         kept = window(len(before), len(after), room, suffix_share=share, align=align)
         start, head = self._prefix_from(prefix, before, kept.prefix_start)
         stop, tail = self._suffix_to(suffix or "", after, kept.suffix_stop)

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,7 +17,16 @@ from serving.engine import VllmEngine
 from serving.errors import EngineDeadError, EngineGoneError, EngineHungError
 from serving.merging import in_bunches, merged
 from serving.pace import UNMEASURED_SECONDS, Gate, Pace, Stall
-from serving.protocol import Engine, EngineInfo, EngineStats, Growth, MicroBatch, MicroBatchResult, Result
+from serving.protocol import (
+    BATCH_PRIORITY,
+    Engine,
+    EngineInfo,
+    EngineStats,
+    Growth,
+    MicroBatch,
+    MicroBatchResult,
+    Result,
+)
 from serving.simulated import SimulatedEngine
 from serving.tagging import generate
 from serving.tenants.tags import Tags
@@ -82,8 +91,12 @@ class Replica:
 
     @asynccontextmanager
     async def _admitted(self, batch: MicroBatch) -> AsyncIterator[None]:
-        """Inside, the micro-batch may be in the engine; how long that takes is the replica's pace."""
-        async with self._gate.enter(alone=batch.alone):
+        """Inside, the micro-batch may be in the engine; how long that takes is the replica's pace.
+
+        A job's rows that may be what kills engines go alone, but people do not wait for that: it may take minutes.
+        """
+        passes = batch.priority < BATCH_PRIORITY
+        async with nullcontext() if passes else self._gate.enter(alone=batch.alone):
             try:
                 await self.check_health()
             except EngineDeadError as error:

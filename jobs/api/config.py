@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from serving.api.gateway import GatewayConfig
-from serving.app import AppConfig
+from serving.app_config import AppConfig
 from serving.config import Frozen
 
 DAY = 86_400.0

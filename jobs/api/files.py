@@ -158,7 +158,7 @@ def router(shelf: Shelf, caller: WhoCalls, config: RoutesConfig) -> APIRouter:
     @routes.get(
         "/v1/files/{file_id}/content",
         response_class=FileResponse,
-        responses={**DOWNLOADED, **documented(400, *READ)},
+        responses={**DOWNLOADED, **documented(400, 416, *READ)},
     )
     def content(file_id: Id, who: Annotated[Caller, me]) -> FileResponse:
         """A file's bytes."""

@@ -12,8 +12,8 @@ from jobs.api.order import Options, Order, WorkFolder
 from jobs.spec import PENALTIES, SAMPLED, JobSpec
 from serving.api.ask import Ask
 
-MOST_GROUPS = 32
-"""Each is a job that costs seconds to begin: a batch whose every line is decoded in a way of its own would be slow."""
+MOST_GROUPS = 256
+"""Each is a job that costs seconds to begin, and a file that is open while the batch is read."""
 
 FLUSH_ROWS = 1_000
 PASSED = ("line", "prompt")

@@ -189,7 +189,7 @@ def router(service: Service, shelf: Shelf, queue: Queue, caller: WhoCalls, confi
     @routes.get(
         "/v1/jobs/{job_id}/results/{folder}/{name}",
         response_class=FileResponse,
-        responses={**DOWNLOADED, **documented(400, *READ)},
+        responses={**DOWNLOADED, **documented(400, 416, *READ)},
     )
     def result(job_id: Id, folder: Id, name: Id, who: Annotated[Caller, me]) -> FileResponse:
         """A part's bytes: Parquet."""

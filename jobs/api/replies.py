@@ -2,12 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import Path, Query
+from fastapi import HTTPException, Path, Query
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
 
 from jobs.api.database import Page
 from serving.api.fields import Text
+from serving.errors import UsageError
 
 MOST_LISTED = 100
 MOST_PAIRS = 16
@@ -60,15 +63,32 @@ def seconds_of(told: dict[str, JsonValue], name: str) -> int | None:
     return int(value) if isinstance(value, int | float) else None
 
 
+class Download(FileResponse):
+    """A file whose wrong ranges are told as all errors are, where Starlette answers in plain text."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; raises ``UsageError`` and FastAPI's own error for a range that is none."""
+
+        async def told(message: Message) -> None:
+            status = message.get("status")
+            if status == 416:
+                size = Headers(raw=message["headers"])["content-range"]
+                raise HTTPException(416, "The file has no such range", headers={"Content-Range": size})
+            if status == 400:
+                raise UsageError("The Range header is none.", remedy="Send Range: bytes=FROM-TO, or leave it out.")
+            await send(message)
+
+        await super().__call__(scope, receive, told)
+
+
 def download(path: str, name: str) -> FileResponse:
     """A file's bytes, which no browser shall take for a page; ``name`` is one of ours."""
     headers = {"Content-Disposition": f'attachment; filename="{name}"', "X-Content-Type-Options": "nosniff"}
-    return FileResponse(path, media_type="application/octet-stream", headers=headers)
+    return Download(path, media_type="application/octet-stream", headers=headers)
 
 
 DOWNLOADED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}, "description": "The bytes."},
     206: {"content": {"application/octet-stream": {}}, "description": "The range of them that was asked for."},
-    416: {"description": "There is no such range."},
 }
 """OpenAPI's description of a download."""

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from jobs.api.database import Database, Page, find_row, read_page
 from jobs.api.order import WorkFolder
-from serving.errors import DatabaseAwayError, ForbiddenError, NotFoundError
+from serving.errors import ForbiddenError, NotFoundError
 from serving.tenants.sessions import take_turns
 from serving.tenants.tables import FileRow, WorkRow
 
@@ -114,9 +114,9 @@ class Shelf:
                 if file.bytes > self._room(session, file.tenant):
                     raise self._full()
                 session.add(file)
-        except (ForbiddenError, DatabaseAwayError):
+        except ForbiddenError:
             self.path(file).unlink(missing_ok=True)
-            raise
+            raise  # Of a DatabaseAwayError only the answer may be lost: the sweep removes what nobody knows.
         return file
 
     def keep(self, file: FileRow, source: Path) -> None:
@@ -157,9 +157,13 @@ class Shelf:
         for file in files:
             self.path(file).unlink(missing_ok=True)
         with self._database.session() as session:
-            known = set(session.scalars(select(FileRow.id)))
-        for path in [*self._root.glob(f"*/{INCOMING}*"), *self._root.glob("*/file-*")]:
-            if path.name not in known and path.stat().st_mtime < time.time() - STALE_SECONDS:
+            known = {*session.scalars(select(FileRow.id)), *session.scalars(select(WorkRow.id))}
+        for path in [*self._root.glob(f"*/{INCOMING}*"), *self._root.glob("*/file-*"), *self._root.glob("*/works/*")]:
+            if path.name in known or path.stat().st_mtime >= time.time() - STALE_SECONDS:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)
 
     def remove(self, folder: WorkFolder) -> None:

@@ -7,7 +7,7 @@ from jobs.api.database import new_id
 from jobs.api.order import Kind
 from jobs.api.queue import Queue, kind_of
 from jobs.api.shelf import Shelf, place
-from serving.errors import NotFoundError
+from serving.errors import DatabaseAwayError, NotFoundError
 from serving.tenants.caller import Caller
 from serving.tenants.tables import FileRow, WorkRow
 
@@ -50,6 +50,8 @@ def submit(work: WorkRow, file: FileRow | None, weight: float, shelf: Shelf, que
             work.bytes = file.bytes
         work.details = {**work.details, "weight": weight}
         return queue.submit(work, weight=weight)
+    except DatabaseAwayError:
+        raise  # Only the answer may be lost, and then the work is there: the sweep removes what none knows of.
     except BaseException as error:
         shutil.rmtree(folder.path, ignore_errors=True)
         if isinstance(error, FileNotFoundError):

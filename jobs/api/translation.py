@@ -50,6 +50,12 @@ def translate(order: Order, folder: WorkFolder) -> Plan:
         )
 
 
+class TooManyWaysError(UsageError):
+    """A line of its own way of decoding, which is one too many."""
+
+    code = "too_many_options"
+
+
 class _Reading:
     """One pass over the lines."""
 
@@ -89,11 +95,6 @@ class _Reading:
         asked = self._asks(line)
         if isinstance(asked, Refused):
             self._keep(Record(line=number, custom_id=line.custom_id, refused=asked))
-        elif not self._groups.has_room_for(asked):
-            message = (
-                f"The batch decodes in more than {MOST_GROUPS} ways. Split it by max_tokens, temperature and so on."
-            )
-            return LineError(code="too_many_options", message=message, line=number)
         else:
             self._keep(Record(line=number, custom_id=line.custom_id, prompts=len(asked)))
             self._groups.add(number, asked)
@@ -125,6 +126,11 @@ class _Reading:
             asks = self._dialect.asks(line.body, self._order.served)
             for ask in asks:
                 check_ask(ask, self._format, self._order.context)
+            if not self._groups.has_room_for(asks):
+                raise TooManyWaysError(
+                    f"Lines before this one are decoded in {MOST_GROUPS} ways already.",
+                    remedy="Split the batch by max_tokens, temperature, stop and the like.",
+                )
         except (RequestValidationError, UsageError) as error:
             problem = problem_of(error)
             return Refused(status=problem.status, body=openai_error(problem))

@@ -37,8 +37,8 @@ class Ask:
     The prompt is ``token_ids`` as they are, else the texts: ``suffix`` None is a causal completion, an empty one an
     infill at the end of the text; ``behind`` follows the prompt's last control token (llama.cpp's ``prompt``).
     ``max_tokens`` 0 computes the prompt and generates nothing. ``logprobs`` is the number of alternatives beside each
-    token (0: the token's own), None for none. ``seconds`` is when the answer is cut once it holds a line feed. What is
-    ``reported`` tells its prompt as the engine saw it.
+    token (0: the token's own), None for none. ``seconds`` is when the answer is cut once it holds a line feed; a line
+    that less than ``indent`` blanks begin ends it too. What is ``reported`` tells its prompt as the engine saw it.
     """
 
     prefix: str = ""
@@ -53,6 +53,7 @@ class Ask:
     logprobs: int | None = None
     echo: bool = False
     seconds: float | None = None
+    indent: int = 0
     reported: bool = False
 
 

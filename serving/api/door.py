@@ -10,8 +10,9 @@ from starlette.types import Scope
 
 from serving.errors import AuthenticationError
 from serving.tenants.caller import Caller
+from serving.tenants.terms import NOBODY
 
-OPEN_CALLER = Caller(tenant="local", key="none", role="admin")
+OPEN_CALLER = Caller(tenant=NOBODY, key="none", role="admin")
 """Everybody, on loopback before there is any tenant."""
 
 HOW_TO_MAKE_ONE = "Make a tenant and its key with: spanfill tenants create NAME"

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from serving.api.door import Door
 from serving.api.metrics import Metrics
 from serving.api.parts import WhoCalls
 from serving.api.service import Engines, FleetService
-from serving.app import AppConfig, function_of
+from serving.app_config import AppConfig, function_of
 from serving.config import Frozen
 from serving.formats import load_format
 from serving.models import Model
@@ -157,7 +158,7 @@ class Gateway:
         await asyncio.to_thread(check_database)
         self._config, self._model, self._application = config, model, application
         calls = streamed(replicas)
-        self._metrics = Metrics()
+        self._metrics = Metrics(uuid.uuid4().hex[:8])
         self._watch = Watch(replicas, config.replicas, self._metrics)
         self._watching: asyncio.Task[None] | None = None
         self._desk = Desk(config.app, Capacity(0, 0))

@@ -90,6 +90,7 @@ def ask_of(sent: InfillRequest, model: ServedModel) -> Ask:
         stop=stop_words(sent.stop),
         decoding=decoding(sent, DEFAULT),
         seconds=limit / 1_000 if limit > 0 else None,
+        indent=max(0, sent.n_indent or 0),
         reported=True,
     )
 
@@ -100,7 +101,7 @@ class _Telling:
     def __init__(self, sent: InfillRequest, ask: Ask, model: str) -> None:
         self._fields = sent.response_fields
         self._ask, self._model = ask, model
-        self._margin = Margin(sent.n_indent or 0)
+        self._margin = Margin(ask.indent)
         self._new_line = False
         self._reason: Reason = "length"
         self._stop_word = ""

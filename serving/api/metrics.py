@@ -21,29 +21,31 @@ READINGS = (
 
 
 class Metrics:
-    """One gateway's; several gateways are several targets, whose counters add up."""
+    """One gateway's, whose name stands with each: of several any may answer, and their counters add up."""
 
-    def __init__(self) -> None:
+    def __init__(self, gateway: str) -> None:
+        self._gateway = gateway
         registry = self._registry = CollectorRegistry()
-        self._requests = Counter("spanfill_requests", "Requests answered.", ["route", "status"], registry=registry)
-        self._seconds = Histogram(
-            "spanfill_request_seconds", "End to end.", ["route"], buckets=SECONDS, registry=registry
-        )
-        self._first = Histogram(
-            "spanfill_ttft_seconds", "From admission to the first token.", buckets=SECONDS, registry=registry
-        )
-        self._waited = Histogram(
-            "spanfill_wait_seconds", "From arrival to admission.", buckets=SECONDS, registry=registry
-        )
-        self._tokens = Counter("spanfill_tokens", "Tokens served.", ["kind"], registry=registry)
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(name, what, ["gateway", *labels], registry=registry)
+
+        def histogram(name: str, what: str, *labels: str) -> Histogram:
+            return Histogram(name, what, ["gateway", *labels], buckets=SECONDS, registry=registry)
+
+        self._requests = counter("spanfill_requests", "Requests answered.", "route", "status")
+        self._seconds = histogram("spanfill_request_seconds", "End to end.", "route")
+        self._first = histogram("spanfill_ttft_seconds", "From admission to the first token.").labels(gateway)
+        self._waited = histogram("spanfill_wait_seconds", "From arrival to admission.").labels(gateway)
+        self._tokens = counter("spanfill_tokens", "Tokens served.", "kind")
         self._engines = Gauge(
             "spanfill_engine", "The replicas' latest readings, added up.", ["reading"], registry=registry
         )
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """A request ended; status 499: its client went away."""
-        self._requests.labels(route, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        self._requests.labels(self._gateway, route, str(status)).inc()
+        self._seconds.labels(self._gateway, route).observe(seconds)
 
     def waited(self, seconds: float) -> None:
         """A request was admitted."""
@@ -55,9 +57,9 @@ class Metrics:
 
     def used(self, usage: Usage) -> None:
         """A request's tokens."""
-        self._tokens.labels("prompt").inc(usage.prompt_tokens)
-        self._tokens.labels("cached").inc(usage.cached_tokens)
-        self._tokens.labels("completion").inc(usage.completion_tokens)
+        self._tokens.labels(self._gateway, "prompt").inc(usage.prompt_tokens)
+        self._tokens.labels(self._gateway, "cached").inc(usage.cached_tokens)
+        self._tokens.labels(self._gateway, "completion").inc(usage.completion_tokens)
 
     def read(self, stats: Mapping[str, EngineStats]) -> None:
         """The replicas' latest readings, by their names."""

@@ -33,6 +33,7 @@ MEANINGS = {
     403: "The key may not do this.",
     404: "There is nothing of that name for this key.",
     413: "The body is too large.",
+    416: "The file has no such range.",
     429: "A limit of the tenant or the key is reached.",
     500: "The engine or the server failed.",
     501: "The model cannot infill.",
@@ -48,12 +49,13 @@ WAITS = {
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 LLAMACPP_TYPES = {404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
 
-HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 416: "no_such_range"}
 HTTP_REMEDIES = {
     400: "Send one JSON object in UTF-8.",
     404: "GET /openapi.json lists the paths.",
     405: "Use a method that the Allow header names.",
     413: "Send less at a time.",
+    416: "The Content-Range header tells the size.",
 }
 FIELD_REMEDY = "Correct it, or leave it out where it is optional."
 BODY_REMEDY = "Send a JSON object, with the header Content-Type: application/json."

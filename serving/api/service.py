@@ -3,9 +3,10 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 from serving.api.ask import Answer, Ask, Choice, End, Piece, ServedModel, Token, Usage
 from serving.api.calls import TRIES, WAIT_SECONDS, Call, answers
@@ -16,7 +17,15 @@ from serving.api.portions import Portion, portions_of
 from serving.api.prompts import Rendered, render, request_of, sampling_of, visible
 from serving.api.served import Served, demand_of
 from serving.api.writing import Writing, prompt_tokens
-from serving.errors import EngineDeadError, EngineError, LimitError, ModelNotFoundError, SpanfillError, UsageError
+from serving.errors import (
+    EngineDeadError,
+    EngineError,
+    LimitError,
+    ModelNotFoundError,
+    OverloadedError,
+    SpanfillError,
+    UsageError,
+)
 from serving.formats import Format
 from serving.protocol import INTERACTIVE_PRIORITY, Growth, MicroBatch, MicroBatchResult, Result
 from serving.tenants.caller import Caller
@@ -30,7 +39,8 @@ BEGUN_PATIENCE_SECONDS = 600.0
 """How long one of which something was made waits for the next."""
 
 LARGE_CHARS = 200_000
-"""Requests with more text are tokenised one after the other: 4 MB take seconds, and nobody was admitted yet."""
+"""Requests with more text are tokenised one after the other, tenants in turn: 4 MB take seconds, and nobody was
+admitted yet."""
 
 
 class Desk(Protocol):
@@ -76,7 +86,8 @@ class FleetService:
         self._desk = desk
         self._meter = meter
         self._metrics = metrics
-        self._large = asyncio.Semaphore(1)
+        self._large = asyncio.Lock()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @property
     def models(self) -> Sequence[ServedModel]:
@@ -96,7 +107,7 @@ class FleetService:
         """Answer all at once, from a stream where there is one, so that what was made is known if nobody waits on."""
         if _in_one_piece(asks):
             return await self._whole(asks, caller, model)
-        rendered = await self._render(asks)
+        rendered = await self._render(asks, caller)
         async with self._served(rendered, caller, model) as served:
             choices = [choice for portion in served.portions for choice in await self._collected(served, portion)]
             return self._answer(choices, served)
@@ -107,7 +118,7 @@ class FleetService:
             for item in _as_pieces(await self._whole(asks, caller, model)):
                 yield item
             return
-        rendered = await self._render(asks)
+        rendered = await self._render(asks, caller)
         async with self._served(rendered, caller, model) as served:
             for portion in served.portions:
                 async with aclosing(self._pieces(served, portion)) as pieces:
@@ -117,7 +128,7 @@ class FleetService:
 
     async def _whole(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
         """An answer that the replica gives whole."""
-        rendered = await self._render(asks)
+        rendered = await self._render(asks, caller)
         async with self._served(rendered, caller, model) as served:
             results: dict[int, Result] = {}
             for portion in served.portions:
@@ -174,6 +185,7 @@ class FleetService:
             self._engines.fmt,
             ask.stop,
             offset=offset,
+            indent=ask.indent,
             detailed=ask.logprobs is not None,
             through=ask.decoding.ignore_eos,
         )
@@ -223,13 +235,26 @@ class FleetService:
             else:
                 return [_joined(texts[index]) for index in sorted(texts)]
 
-    async def _render(self, asks: Sequence[Ask]) -> list[Rendered]:
+    async def _render(self, asks: Sequence[Ask], caller: Caller) -> list[Rendered]:
         """Check, and tokenise on a thread: another request's next token shall not wait for it."""
         fmt, model = self._engines.fmt, self._engines.model
         check(asks, model, fmt)
         is_large = sum(len(ask.prefix) + len(ask.suffix or "") + len(ask.behind) for ask in asks) > LARGE_CHARS
-        async with self._large if is_large else nullcontext():
+        async with self._turn(caller) if is_large else nullcontext():
             return await asyncio.to_thread(lambda: [render(ask, fmt, model.context) for ask in asks])
+
+    @asynccontextmanager
+    async def _turn(self, caller: Caller) -> AsyncIterator[None]:
+        """Inside, no other large text is tokenised; of each tenant one waits with those of others."""
+        own = self._turns.setdefault(caller.tenant, asyncio.Lock())
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    await held.enter_async_context(own)
+                    await held.enter_async_context(self._large)
+            except TimeoutError:
+                raise OverloadedError("too many large texts wait to be tokenised.", remedy="Try again later.") from None
+            yield
 
     def _prompts(self, served: Served) -> tuple[str, ...]:
         return tuple(visible(r, self._engines.fmt) for r in served.rendered if r.ask.reported)
@@ -344,7 +369,7 @@ def _grow(writings: dict[tuple[int, int], Writing], growth: Growth, served: Serv
     pieces = [] if piece is None else [piece]
     if growth.finish_reason is not None:
         del writings[place]
-    elif served.is_late(growth.key) and "\n" in writing.text:
+    elif writing.is_outside or (served.is_late(growth.key) and "\n" in writing.text):
         pieces.append(writing.cut())
         del writings[place]
     return pieces

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from serving.api.ask import Piece, Reason, Token
+from serving.api.margin import Margin
 from serving.formats import Format
 from serving.protocol import Alternatives, Growth
 from serving.stopping import GrowingText, find_cut
@@ -15,7 +16,8 @@ class Writing:
     """Makes pieces of what the engine tells of choice ``index``; together they are what ``Format.infill`` would give.
 
     ``through`` writes on behind control tokens, for whoever asked to ignore the end. ``offset`` is where the choice's
-    text begins, behind an echoed prompt. ``tokens`` are told when ``detailed``.
+    text begins, behind an echoed prompt; it may end at a line that less than ``indent`` blanks begin. ``tokens`` are
+    told when ``detailed``.
     """
 
     def __init__(
@@ -25,6 +27,7 @@ class Writing:
         stop: Sequence[str] = (),
         *,
         offset: int = 0,
+        indent: int = 0,
         detailed: bool = False,
         through: bool = False,
     ) -> None:
@@ -34,6 +37,7 @@ class Writing:
         self._format = fmt
         self._stop = tuple(stop)
         self._offset = offset
+        self._margin = Margin(indent)
         self._detailed = detailed
         self._control = frozenset() if through else fmt.tokenizer.special_ids
         self._growing = GrowingText(fmt.decode)
@@ -41,6 +45,11 @@ class Writing:
         self._tokens: list[Token] = []
         self._controlled = False
         self._sent = self._told = 0
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether what was shown has left the block that it began in, so that nobody reads on."""
+        return self._margin.crossed
 
     def add(self, growth: Growth) -> Piece | None:
         """What may be shown now; None for nothing. The last piece has a reason."""
@@ -105,6 +114,7 @@ class Writing:
         if settled <= self._sent:
             return None
         text, self._sent = self.text[self._sent : settled], settled
+        self._margin.keep(text)
         return Piece(self._index, text, self._whole_tokens(settled))
 
     def _whole_tokens(self, place: int) -> tuple[Token, ...]:

@@ -9,6 +9,9 @@ from serving.tenants.caller import Limits, Role
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 """Names end up in cache salts, labels of metrics and paths."""
 
+NOBODY = "local"
+"""Whose all is that is stored and used before there is a tenant; no tenant may have it for a name."""
+
 NO_LIMITS = Limits()
 MOST = 2**63 - 1
 LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1_000.0
@@ -28,6 +31,10 @@ DEFAULT_TERMS = Terms()
 
 def check_name(name: str, of: str) -> None:
     """Raise ``UsageError`` for a name that a tenant or key (``of``) cannot have."""
+    if of == "tenant" and name == NOBODY:
+        raise UsageError(
+            f"{name!r} is who calls before there is a tenant, whose files it would get.", remedy="Choose another name."
+        )
     if not NAME.fullmatch(name):
         raise UsageError(
             f"{name!r} cannot be the name of a {of}.",

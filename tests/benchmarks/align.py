@@ -1,13 +1,15 @@
 """What ``--prefix-align`` is worth: prefix sharing and speed against quality, on the demo model's held-out modules.
 
-    spanfill bench align [--spans 20 100] [--align 1 64 256 512] [--rows 520] [--rounds 2] [--json FILE]
-                         [--plot FILE.svg]
+    spanfill bench align [--spans 20 100 | --inputs spans100 spans20 unshared] [--align 1 64 256 512] [--rows 520]
+                         [--rounds 2] [--json FILE] [--plot FILE.svg]
 
 Rows are single lines of the held-out modules of 8,000 characters or more, so that most prompts are cut; of so many of
-them, drawn, as ``--rows`` holds whole. At each alignment the same rows go through ``run_job`` on the real engine, all
-alignments in turn once a round; rates are medians of the rounds. Quality: exact matches and ``<eom>`` of greedy
-infills, and bits per byte of the true line by transformers in float32, given the very prompts. Differences of exact
-matches and bits are taken row by row against the first alignment and stand with their standard error.
+them, drawn, as ``--rows`` holds whole. With ``--inputs`` they are the very rows of ``bench peers`` instead, whose files
+the model has mostly seen; of a longer gap its first 256 tokens are scored. At each alignment the same rows go through
+``run_job`` on the real engine, all alignments in turn once a round; rates are medians of the rounds. Quality: exact
+matches and ``<eom>`` of greedy infills, and bits per byte of the true line by transformers in float32, given the very
+prompts. Differences of exact matches and bits are taken row by row against the first alignment and stand with their
+standard error.
 """
 
 import math
@@ -29,10 +31,13 @@ from jobs.pairs import draw_spans, standard_library
 from serving.formats import load_format
 from serving.models import resolve_model
 from tests.benchmarks.output import check_files, console, origin, parser_of, positive, publish_json
+from tests.benchmarks.peers.inputs import INPUTS, make_rows
 
 MODEL = "demo-codegen25"
 MAX_TOKENS = 48
+MOST_SCORED = 256
 FEWEST_CHARS = 8_000
+ROWS = 520
 COLUMNS = ("rows/s", "ideal", "reached", "prompt tokens", "exact match", "eom", "bits/byte")
 
 Row = dict[str, str]
@@ -44,6 +49,7 @@ class Cut:
 
     rows: list[Row]
     files: int
+    input: str = ""
 
     @property
     def spans(self) -> float:
@@ -53,7 +59,8 @@ class Cut:
     @property
     def title(self) -> str:
         """For people."""
-        return f"{self.spans:.4g} spans a file, {self.files} files, {len(self.rows)} rows"
+        named = f"{self.input}: " if self.input else ""
+        return f"{named}{self.spans:.4g} spans a file, {self.files} files, {len(self.rows)} rows"
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,12 @@ def cut_rows(spans: int, most: int) -> Cut:
     return Cut(rows, files)
 
 
+def peers_rows(name: str, most: int | None) -> Cut:
+    """The rows of one input of ``bench peers``."""
+    rows = make_rows(name, most)
+    return Cut(rows, len({row["id"].rpartition(":")[0] for row in rows}), name)
+
+
 def measure(rows: list[Row], aligns: Sequence[int], rounds: int, tell: Callable[[list[Line]], None]) -> list[Line]:
     """Run each alignment once a round, in turn, and score it after its first run; ``tell`` hears after every run."""
     lines: dict[int, Line] = {}
@@ -112,22 +125,23 @@ def infill(rows: list[Row], align: int) -> tuple[dict[str, Any], list[bool]]:
 
 
 def bits(rows: list[Row], align: int) -> tuple[list[float], list[int]]:
-    """The bits of each row's true line, ``<eom>`` left out, and the line's bytes."""
+    """The bits of each row's true text, ``<eom>`` left out, and the bytes of what of it was scored."""
     import torch
     from transformers import AutoModelForCausalLM
 
     known, fmt = resolve_model(MODEL), load_format("codegen25")
     network = AutoModelForCausalLM.from_pretrained(known.path, dtype=torch.float32)
-    found = []
+    found, sizes = list[float](), list[int]()
     with torch.no_grad():
         for row in rows:
-            middle = fmt.tokenizer.encode(row["middle"])
+            middle = fmt.tokenizer.encode(row["middle"])[:MOST_SCORED]
             room = {"max_tokens": max(MAX_TOKENS, len(middle)), "max_context": known.context}
             prompt = fmt.prompt(row["prefix"], row["suffix"], prefix_align=align, **room).token_ids
             logits = network(torch.tensor([[*prompt, *middle]]), logits_to_keep=len(middle) + 1).logits[0, :-1]
             told = logits.log_softmax(-1).gather(1, torch.tensor(middle)[:, None]).sum().item()
             found.append(-told / math.log(2))
-    return found, [len(row["middle"].encode()) for row in rows]
+            sizes.append(len(fmt.tokenizer.decode_bytes(middle)))
+    return found, sizes
 
 
 def told(line: Line, base: Line) -> dict[str, Any]:
@@ -182,7 +196,7 @@ def shown(table: dict[str, Any]) -> Table:
     return found
 
 
-def plot(tables: dict[int, dict[str, Any]], path: Path) -> None:
+def plot(tables: dict[str, dict[str, Any]], path: Path) -> None:
     """Ideal and reached share, and bits per byte with its error, over the alignment."""
     import matplotlib
 
@@ -191,7 +205,7 @@ def plot(tables: dict[int, dict[str, Any]], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
     for table in tables.values():
-        lines, label = table["lines"], f"{table['spans_per_file']:.4g} spans a file"
+        lines, label = table["lines"], table["title"].rsplit(",", 2)[0]
         names = [str(line["align"]) for line in lines]
         left.plot(names, [line["ideal"] for line in lines], "--", label=f"{label}, ideal")
         left.plot(names, [line["reached"] for line in lines], label=f"{label}, reached")
@@ -209,26 +223,28 @@ def plot(tables: dict[int, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Measure and print."""
     parser = parser_of("align", __doc__)
-    parser.add_argument("--spans", type=positive, nargs="+", default=[20, 100])
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument("--spans", type=positive, nargs="+", default=[20, 100])
+    sources.add_argument("--inputs", choices=list(INPUTS), nargs="+", help="those of bench peers")
     parser.add_argument("--align", type=positive, nargs="+", default=[1, 64, 256, 512], help="the first is the base")
-    parser.add_argument("--rows", type=positive, default=520, help="rows of one table at most")
+    parser.add_argument("--rows", type=positive, help="rows of one table at most [default: 520; of an input its own]")
     parser.add_argument("--rounds", type=positive, default=2, help="runs of each line; rates are their medians")
     parser.add_argument("--json", type=Path, help="written after every run")
     parser.add_argument("--plot", type=Path, help="an .svg or .png file")
     asked = parser.parse_args()
     check_files(parser, asked.json, asked.plot)
     about = origin("align") | {"rounds": asked.rounds}
-    tables: dict[int, dict[str, Any]] = {}
-    for spans in asked.spans:
-        cut = cut_rows(spans, asked.rows)
+    tables: dict[str, dict[str, Any]] = {}
+    for source in asked.inputs or asked.spans:
+        cut = peers_rows(source, asked.rows) if asked.inputs else cut_rows(source, asked.rows or ROWS)
 
-        def tell(lines: list[Line], spans: int = spans, cut: Cut = cut) -> None:
-            tables[spans] = table_of(cut, lines)
+        def tell(lines: list[Line], name: str = str(source), cut: Cut = cut) -> None:
+            tables[name] = table_of(cut, lines)
             if asked.json:
                 publish_json(asked.json, about | {"tables": tables})
 
         measure(cut.rows, asked.align, asked.rounds, tell)
-        console().print(shown(tables[spans]))
+        console().print(shown(tables[str(source)]))
     if asked.plot:
         plot(tables, asked.plot)
 

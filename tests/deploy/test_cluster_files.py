@@ -7,7 +7,7 @@ import jsonschema
 import ray
 import yaml
 
-from serving.app import AppConfig
+from serving.app_config import AppConfig
 from serving.models import KNOWN_MODELS
 
 ROOT = Path(__file__).parents[2]

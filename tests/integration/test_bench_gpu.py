@@ -1,6 +1,7 @@
 """``spanfill bench gpu --small``: dummy weights through both contestants' real ways, on a CPU."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def test_no_stop_token_is_the_likeliest_in_either_of_vllms_model_runners() -> No
 
 def test_the_small_run_measures_both_contestants(tmp_path: Path) -> None:
     told = tmp_path / "gpu.json"
-    assert from_clone("tests.benchmarks.gpu", ["--small", "--inputs", "spans100", "--json", str(told)]) == 0
+    command, environment = from_clone("tests.benchmarks.gpu", ["--small", "--inputs", "spans100", "--json", str(told)])
+    assert subprocess.run(command, env=environment).returncode == 0
     report = json.loads(told.read_text())
     assert min(report["hardware"]["bytes_per_second"], report["hardware"]["flops_per_second"]) > 0
     lines = report["inputs"]["spans100"]

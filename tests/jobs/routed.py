@@ -23,7 +23,7 @@ from jobs.api.config import RoutesConfig
 from jobs.routes import make_routes
 from serving.api.gateway import Context, GatewayConfig
 from serving.api.replies import install
-from serving.app import AppConfig
+from serving.app_config import AppConfig
 from serving.tenants.caller import Caller
 from serving.tenants.metering import open_meter
 from serving.tenants.store import open_store

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from tests.benchmarks import align
-from tests.benchmarks.align import Line, cut_rows, gap_of, measure, shown, table_of, told
+from tests.benchmarks.align import Line, cut_rows, gap_of, measure, peers_rows, shown, table_of, told
+from tests.benchmarks.peers.inputs import make_rows
 
 
 def manifest(rate: float) -> dict[str, Any]:
@@ -38,6 +39,14 @@ def test_where_files_hold_fewer_lines_the_mean_is_told() -> None:
     cut = cut_rows(100_000, 1_000)
     assert cut.spans == len(cut.rows) / cut.files < 1_000
     assert cut.title.startswith(f"{cut.spans:.4g} spans a file, {cut.files} files")
+
+
+def test_the_rows_of_the_peers_benchmark_know_their_gaps() -> None:
+    cut = peers_rows("spans20", 60)
+    assert (cut.files, len(cut.rows), cut.title) == (3, 60, "spans20: 20 spans a file, 3 files, 60 rows")
+    texts = {row["prefix"] + row["middle"] + row["suffix"] for row in cut.rows}
+    assert len(texts) == 3
+    assert cut.rows == make_rows("spans20", 60)
 
 
 def test_differences_are_paired() -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import summary
-from jobs.options import pairs_of, scalars_of
+from jobs.options import merged, pairs_of, scalars_of
 from jobs.spec import JobSpec
 from serving.engine_args import check_engine_args
 from tests.conftest import Command, WriteRows
@@ -182,6 +182,15 @@ def test_an_unknown_key_in_a_job_file_is_named(run: Command, write_rows: WriteRo
     (tmp_path / "job.yaml").write_text("max_token: 3\n")
     done = run(write_rows(prefix=["a"]), "--job", tmp_path / "job.yaml")
     assert (done.code, "max_token = 3" in done.stderr) == (USAGE, True)
+
+
+def test_of_several_job_files_the_later_wins_and_flags_over_all_key_by_key(tmp_path: Path) -> None:
+    first, tuned = tmp_path / "job.yaml", tmp_path / "engine.yaml"
+    first.write_text("max_tokens: 3\nengine_args: {seed: 1, max_num_seqs: 8, block_size: 16}\n")
+    tuned.write_text("engine_args: {max_num_seqs: 64, block_size: 32}\n")
+    found = merged([first, tuned], {"max_tokens": 5, "engine_args": {"block_size": 128}})
+    assert found == {"max_tokens": 5, "engine_args": {"seed": 1, "max_num_seqs": 64, "block_size": 128}}
+    assert merged([], {"limit": 1}) == {"limit": 1}
 
 
 def test_explain_shows_the_exact_prompt(spanfill: Command, write_rows: WriteRows, checkpoint: Path) -> None:

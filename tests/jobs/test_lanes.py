@@ -98,11 +98,15 @@ def test_what_waits_of_a_dropped_unit_is_forgotten() -> None:
     assert lanes.take(1) is None
 
 
+@pytest.mark.parametrize("silent", [0, 1])
 @pytest.mark.parametrize("speeds", [[1, 1, 1, 1, 2, 2, 4, 4], [3, 5, 7, 8, 10, 11, 12, 13], [10] * 8])
-def test_replicas_of_unequal_speed_end_together(speeds: list[int]) -> None:
-    """A fluid model: a replica answers its micro-batches in turn, ``speed`` rows a second; the clock is the model's."""
+def test_replicas_of_unequal_speed_end_together(speeds: list[int], silent: int) -> None:
+    """A fluid model: a replica answers its micro-batches in turn, ``speed`` rows a second; the clock is the model's.
+
+    A replica that is ``silent`` was never there to be asked.
+    """
     now = 0.0
-    lanes = Lanes(len(speeds), 4, 64, clock=lambda: now)
+    lanes = Lanes(len(speeds) + silent, 4, 64, clock=lambda: now)
     rows = sum(speeds) * 1_000
     lanes.add(0, groups_of([[64] * (rows // 64)]), [1.0] * rows)
     free, ends = [0.0] * len(speeds), [0.0] * len(speeds)
@@ -121,6 +125,13 @@ def test_replicas_of_unequal_speed_end_together(speeds: list[int]) -> None:
         lanes.settle(ticket, answered=True, waiting=max(0, waiting - 64))
     assert max(ends) - min(ends) <= 0.02 * max(ends)
     assert max(ends) <= 1.02 * rows / sum(speeds)
+
+
+def test_an_input_in_its_own_order_is_dealt_by_stretches() -> None:
+    lanes = Lanes(2, 100, 4)
+    lanes.add(0, [[[row, row + 1] for row in range(0, 16, 2)]], [1.0, 9.0] * 8)
+    taken = [[row for _ in range(2) if (t := lanes.take(lane)) for row in t.rows] for lane in (0, 1)]
+    assert sorted(taken) == [list(range(8)), list(range(8, 16))]
 
 
 def test_a_lane_begins_with_its_heaviest_rows() -> None:

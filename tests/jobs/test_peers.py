@@ -35,7 +35,8 @@ def test_an_input_is_the_same_for_the_same_seed(name: str, tmp_path: Path) -> No
     rows = make_rows(name, 12)
     assert rows == make_rows(name, 12)
     assert len({row["id"] for row in rows}) == 12
-    assert read_rows(write_rows(rows, tmp_path / "rows.parquet")) == rows
+    asked = [{name: row[name] for name in ("id", "prefix", "suffix")} for row in rows]
+    assert read_rows(write_rows(rows, tmp_path / "rows.parquet")) == asked
 
 
 def test_spans_come_from_as_few_files_as_were_asked_for() -> None:
@@ -169,6 +170,10 @@ def test_a_report_of_the_same_settings_is_gone_on_with(tmp_path: Path, capsys: p
     again = about | {"command": "two", "machine": {"cores": 2, "load_before": [9.0]}}
     assert begun(path, again) == {"vllm": ROUNDS["vllm"][:2]}
     assert "2 of 3 attempts are made" in capsys.readouterr().err
+    assert begun(path, about | {"rounds": 5, "contestants": ["vllm", "spanfill"]}) == {"vllm": ROUNDS["vllm"][:2]}
+    assert "2 of 10 attempts are made" in capsys.readouterr().err
+    assert begun(path, about | {"contestants": ["spanfill"]}) == {}
+    assert "other settings (contestants)" in capsys.readouterr().err
     assert begun(path, about | {"machine": {"cores": 4}}) == {}
     assert "other settings (machine)" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from jobs.api.config import RoutesConfig
 from jobs.api.database import Database
-from serving.app import AppConfig
+from serving.app_config import AppConfig
 from serving.tenants.database import database_address
 from serving.tenants.store import open_store
 from serving.tenants.tables import WorkRow

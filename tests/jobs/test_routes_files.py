@@ -1,23 +1,26 @@
 """``/v1/files``: what is stored, where, and for whom."""
 
 import asyncio
+import os
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from jobs.api.config import RoutesConfig
 from jobs.api.database import Database, Page, new_id
 from jobs.api.shelf import Shelf
-from serving.errors import ConfigError, NotFoundError
+from serving.errors import ConfigError, DatabaseAwayError, NotFoundError
 from serving.tenants.database import database_address
 from serving.tenants.tables import FileRow
-from tests.jobs.routed import IDLE, as_tenant, ask, create_batch, routed, upload
+from tests.jobs.routed import IDLE, as_tenant, ask, create_batch, jsonl, routed, upload
 from tests.serving.tenants.conftest import Clock
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -74,6 +77,54 @@ def test_a_file_is_told_of_read_listed_and_deleted(client: TestClient, home: Pat
     assert client.delete(f"/v1/files/{file_id}").json() == {"id": file_id, "object": "file", "deleted": True}
     assert client.get(f"/v1/files/{file_id}").status_code == 404
     assert stored(home) == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "status", "told"),
+    [
+        ("bytes=2-4", 206, b"234"),
+        ("bytes=-3", 206, b"789"),
+        ("bytes=10-", 416, "no_such_range"),
+        ("bytes=4-2", 400, "bytes=FROM-TO"),
+        ("lines=0-5", 400, "bytes=FROM-TO"),
+    ],
+)
+def test_a_range_is_answered_or_refused_as_all_is(
+    client: TestClient, wanted: str, status: int, told: bytes | str
+) -> None:
+    path = f"/v1/files/{upload(client, b'0123456789')}/content"
+    answer = client.get(path, headers={"Range": wanted})
+    assert answer.status_code == status
+    if isinstance(told, bytes):
+        assert answer.content == told
+    else:
+        assert told in str(answer.json()["error"])
+        assert answer.headers.get("content-range") == ("bytes */10" if status == 416 else None)
+
+
+def test_what_was_written_is_whole_although_the_answer_is_lost(
+    client: TestClient, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database has done it, the connection broke before it said so: the client may not, but others see it."""
+    sent = {"input_file_id": upload(client, jsonl(ask("a"))), "completion_window": "24h"}
+    begin = Database.session
+
+    @contextmanager
+    def lossy(database: Database, *, writes: bool = False) -> Iterator[Session]:
+        with begin(database, writes=writes) as session:
+            yield session
+        if writes:
+            raise DatabaseAwayError("the connection broke.", remedy="Try again.")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Database, "session", lossy)
+        assert post(client, form(b"x")).status_code == 503
+        assert client.post("/v1/batches", json=sent | {"endpoint": "/v1/completions"}).status_code == 503
+    (newest, _) = client.get("/v1/files").json()["data"]
+    assert client.get(f"/v1/files/{newest['id']}/content").content == b"x"
+    (batch,) = client.get("/v1/batches").json()["data"]
+    shelf = Shelf(Database(database_address()), home / "files", most_bytes=1, most_files=1)
+    assert shelf.work_folder("acme", batch["id"]).source("batch").read_bytes() == jsonl(ask("a"))
 
 
 def test_lists_come_in_pages_and_by_purpose(client: TestClient) -> None:
@@ -267,6 +318,20 @@ def test_a_file_is_kept_for_as_long_as_was_asked(client: TestClient) -> None:
     assert told["expires_at"] == told["created_at"] + 3_600
     for wrong in (sent("3599"), sent("2592001"), sent("soon"), sent("3600", "yesterday")):
         assert wrong.status_code == 400
+
+
+def test_what_nobody_knows_of_is_swept_when_it_is_old(client: TestClient, home: Path) -> None:
+    create_batch(client, ask("a"))
+    shelf = Shelf(Database(database_address()), home / "files", most_bytes=MIB, most_files=9)
+    lost = shelf.work_folder("acme", new_id("batch_")).path
+    (lost / "results").mkdir(parents=True)
+    known = [path for path in lost.parent.iterdir() if path != lost]
+    shelf.sweep()
+    assert lost.exists(), "it may be on its way into the database"
+    for path in [*known, lost]:
+        os.utime(path, (0, 0))
+    shelf.sweep()
+    assert list(lost.parent.iterdir()) == known
 
 
 def test_an_old_file_is_gone_at_once_and_swept_later(home: Path) -> None:

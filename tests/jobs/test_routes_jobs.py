@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from jobs.api.config import RoutesConfig
 from jobs.dispatch import Dispatcher
 from jobs.spec import JobSpec
-from serving.app import AppConfig
+from serving.app_config import AppConfig
 from serving.errors import ConfigError
 from serving.protocol import Completion, MicroBatch, MicroBatchResult, Request, Result, Sampling
 from serving.tenants.caller import Caller

@@ -63,6 +63,13 @@ def test_a_setting_that_does_not_start_is_told_and_skipped() -> None:
     assert (failed.setting, failed.failure) == ("a=2", "the engine did not start: no kernel.")
 
 
+def test_a_setting_that_the_engine_does_not_go_by_wins_nothing() -> None:
+    speeds = iter([10.0] * 3 + [30.0] * 9)
+    found = search(lambda settings: Figures(next(speeds), 0.25, in_force={"a": 7}), KNOBS[:1], {}, late=never)
+    assert found.best == {}
+    assert [trial.failure for trial in found.trials[3:]] == ["the engine goes by a=7 all the same"] * 3
+
+
 def test_a_baseline_that_does_not_start_is_an_error() -> None:
     def speed(settings: Settings) -> float:
         raise EngineError("the engine did not start.")

@@ -27,6 +27,17 @@ def test_a_port_that_is_taken_is_refused(spanfill: Command, taken: int) -> None:
     assert (told.code, f"127.0.0.1:{taken}" in told.stderr, "--port" in told.stderr) == (2, True, True)
 
 
+def test_loopback_has_two_addresses_and_what_is_none_is_named(spanfill: Command) -> None:
+    with socket.socket(socket.AF_INET6) as listening:
+        listening.bind(("::1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        told = spanfill("serve", "--host", "::1", "--port", port, "--engine", "instant")
+    assert (told.code, f"::1:{port}: Address already in use" in told.stderr) == (2, True), told
+    told = spanfill("serve", "--host", "no.such.host.invalid", "--engine", "instant")
+    assert (told.code, "no.such.host.invalid" in told.stderr) == (2, True), told
+
+
 def test_a_server_for_others_needs_a_tenant_and_says_how_to_make_one(spanfill: Command) -> None:
     told = spanfill("serve", *ELSEWHERE, "--port", 18_231, "--engine", "instant")
     assert (told.code, "spanfill tenants create NAME" in told.stderr) == (2, True)

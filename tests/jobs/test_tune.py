@@ -37,9 +37,16 @@ def test_a_prompt_must_fit_a_step_and_the_sample_the_batch(
     name: str, asked: Settings, in_force: Settings, why: str
 ) -> None:
     """A batch that is asked for whatever the sample is objects to nothing else, nor does a budget of vLLM's own."""
-    said = objection(name, asked, in_force, rows=256, max_model_len=2_048)
+    said = objection(name, asked, in_force, rows=256, max_model_len=2_048, gpu=True)
     assert why in said
     assert bool(why) == bool(said)
+
+
+@pytest.mark.parametrize("name", ["async_scheduling", "enable_chunked_prefill"])
+def test_what_a_cpu_build_cannot_do_is_not_tried_there(name: str) -> None:
+    said = [objection(name, {name: True}, {}, rows=256, max_model_len=2_048, gpu=gpu) for gpu in (True, False)]
+    assert said[0] == ""
+    assert said[1].startswith("vLLM's CPU build")
 
 
 def test_the_sample_is_runs_of_neighbours_from_the_whole_input(write_rows: WriteRows, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from serving import app
-from serving.app import AppConfig, pinned
+from serving.app import pinned
+from serving.app_config import AppConfig
 from serving.errors import ModelError
 from serving.models import Model
 

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.app import AppConfig, place
+from serving.app import place
+from serving.app_config import AppConfig
 from serving.config import EngineConfig, ReplicaConfig, read_yaml
 from serving.engine_args import check_engine_args
 from serving.errors import ConfigError

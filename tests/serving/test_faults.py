@@ -13,6 +13,7 @@ import pytest
 from serving.config import EngineConfig, ReplicaConfig
 from serving.errors import EngineDeadError, EngineGoneError, EngineHungError
 from serving.protocol import (
+    INTERACTIVE_PRIORITY,
     Completion,
     Engine,
     EngineInfo,
@@ -213,10 +214,10 @@ def start_replica(monkeypatch: pytest.MonkeyPatch) -> StartReplica:
 
 
 def call(
-    replica: Replica, *prompts: list[int], alone: bool = False, patience: float | None = None
+    replica: Replica, *prompts: list[int], alone: bool = False, patience: float | None = None, **more: Any
 ) -> "asyncio.Task[Any]":
     requests = tuple(Request(key, token_ids) for key, token_ids in enumerate(prompts))
-    batch = MicroBatch(requests, SAMPLING, alone=alone, patience=patience)
+    batch = MicroBatch(requests, SAMPLING, alone=alone, patience=patience, **more)
 
     async def gathered() -> MicroBatchResult:
         answers = [answer async for answer in replica.generate(batch)]
@@ -312,6 +313,27 @@ def test_a_cancelled_call_blocks_nobody_who_wants_to_be_alone(start_replica: Sta
         assert not other.done()
         other.cancel()
         await asyncio.gather(other, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_people_wait_for_no_row_that_is_to_be_alone(start_replica: StartReplica, inside: bool) -> None:
+    async def main() -> None:
+        replica = await start_replica(kind="simulated", time_scale=0.02)
+        others = [] if inside else [call(replica, GOOD)]
+        await settle()
+        suspect = call(replica, [5], alone=True)
+        await settle()
+        assert (await replica.stats())[1].running == 1
+        person = call(replica, GOOD, priority=INTERACTIVE_PRIORITY)
+        row = call(replica, [6])
+        await settle()
+        stats = (await replica.stats())[1]
+        assert stats.running + stats.waiting == 2, "the person and whichever was there"
+        for task in [*others, suspect, person, row]:
+            task.cancel()
+        await asyncio.gather(*others, suspect, person, row, return_exceptions=True)
 
     asyncio.run(main())
 

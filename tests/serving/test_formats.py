@@ -252,6 +252,20 @@ def test_code_llama_gets_no_blank_before_suffix_or_infill(llama_folder: Path) ->
     assert fmt.infill(marked).text == " a x"
 
 
+def test_a_prefix_behind_the_suffix_is_cut_where_the_room_ends() -> None:
+    """Rows do not share such a prefix's beginning, so its text is not given up for that."""
+    aligned = {name for name, spec in FORMATS.items() if spec.prefix_align > 1}
+    assert set(FORMATS) - aligned == {"codellama-spm", "codestral", "seed-coder"}
+
+
+def test_code_llama_is_cut_as_its_layout_says(llama_folder: Path) -> None:
+    first, last = (load_format(name, tokenizer_of=str(llama_folder)) for name in ("codellama-spm", "codellama"))
+    cut = {"max_tokens": 4, "max_context": 400}
+    sliding = first.prompt("a " * 900, "x", prefix_align=1, **cut).token_ids
+    assert first.prompt("a " * 900, "x", **cut).token_ids == sliding
+    assert len(last.prompt("a " * 900, "x", **cut).token_ids) < len(sliding)
+
+
 def test_code_llama_counts_characters_when_cut(llama_folder: Path) -> None:
     fmt = load_format("codellama", tokenizer_of=str(llama_folder))
     prompt = fmt.prompt("a " * 40, "x " * 40, max_tokens=4, max_context=40, prefix_align=1)

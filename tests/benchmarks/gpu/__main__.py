@@ -43,7 +43,6 @@ ENGINE_ARGS = {
 """For both alike; bare vLLM keeps no statistics otherwise."""
 
 BLOCK_SIZE = {"gpu": 16, "cpu": 128}
-TERMINATED = 143
 MEASURING_SECONDS = 300
 
 
@@ -52,7 +51,8 @@ def main() -> int:
     parser = _parser()
     options = parser.parse_args()
     sizes, engine_args = _checked(parser, options)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # The contestant at work must end with this process.
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # The contestant at work must end with this process.
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="spanfill-gpu-") as temporary:
         folder = Path(temporary)
         setting = _setting(write_model(folder / "model", sizes), sizes, engine_args)

@@ -26,8 +26,6 @@ from tests.benchmarks.peers.report import plot, ratio_lines, summarise, table
 from tests.benchmarks.peers.rounds import Attempt, play
 from tests.benchmarks.peers.setting import Setting
 
-TERMINATED = 143
-
 
 def main() -> int:
     """The command."""
@@ -36,7 +34,8 @@ def main() -> int:
     if unknown := set(options.contestants) - set(CONTESTANTS):
         parser.error(f"no contestant: {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
     check_files(parser, options.json, options.plot)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # The contestant at work must end with this process.
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # The contestant at work must end with this process.
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     rows = make_rows(options.input, options.rows, seed=options.seed)
     with tempfile.TemporaryDirectory(prefix="spanfill-peers-") as temporary:
         folder = Path(temporary)

@@ -12,13 +12,17 @@ Rounds = dict[str, list[dict[str, Any]]]
 def begun(path: Path, about: dict[str, Any]) -> Rounds:
     """The figures that the report holds; none where there is no report, or one of other settings.
 
-    An attempt that failed is one that was made. Raises ``ValueError`` for a file that is not JSON.
+    More rounds and further contestants are no other settings. An attempt that failed is one that was made. Raises
+    ``ValueError`` for a file that is not JSON.
     """
     if not path.exists():
         return {}
     report = json.loads(path.read_text())
     ours = _settings(json.loads(json.dumps(about)))
     theirs = _settings({key: value for key, value in report.items() if key in about})
+    theirs["rounds"] = ours["rounds"]
+    if set(theirs.get("contestants", ())) <= set(ours["contestants"]):
+        theirs["contestants"] = ours["contestants"]
     if other := sorted(key for key in ours if ours[key] != theirs.get(key)):
         print(f"{path} is of other settings ({', '.join(other)}); it is written anew", file=sys.stderr)
         return {}

@@ -87,7 +87,8 @@ def _sources(draw: random.Random, sizes: tuple[int, int], *, tests: bool = False
 
 
 def _row(name: str, text: str, start: int, end: int, *, before: str = "") -> Row:
-    return {"id": f"{name}:{start}-{end}", "prefix": before + text[:start], "suffix": text[end:]}
+    middle = text[start:end]
+    return {"id": f"{name}:{start}-{end}", "prefix": before + text[:start], "middle": middle, "suffix": text[end:]}
 
 
 def _spans(draw: random.Random, per_file: int) -> Iterator[Row]:

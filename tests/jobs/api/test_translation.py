@@ -220,9 +220,14 @@ def test_a_hundred_wrong_lines_are_enough(folder: WorkFolder) -> None:
     assert [error.line for error in errors] == list(range(1, 101))
 
 
-def test_too_many_ways_to_decode_are_refused(folder: WorkFolder) -> None:
-    error = error_of(folder, jsonl(*(ask(str(number), max_tokens=number) for number in range(1, 34))))
-    assert (error.code, error.line) == ("too_many_options", 33)
+def test_lines_of_too_many_ways_to_decode_fail_alone(folder: WorkFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("groups", "translation"):
+        monkeypatch.setattr(f"jobs.api.{module}.MOST_GROUPS", 3)
+    asked = [ask(str(place), max_tokens=number) for place, number in enumerate((1, 2, 3, 2, 4, 5))]
+    plan = translated(folder, jsonl(*asked))
+    assert (plan.errors, plan.asking, [options.max_tokens for options in plan.groups]) == ((), 4, [1, 2, 3])
+    assert list(refusals(folder)) == ["4", "5"]
+    assert "decoded in 3 ways already" in refusals(folder)["4"]
 
 
 def test_a_plan_survives_its_file(folder: WorkFolder) -> None:

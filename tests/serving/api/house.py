@@ -79,7 +79,7 @@ class House:
         self.batches: list[MicroBatch] = []
         self.used: list[tuple[str, Usage]] = []
         self.desk = desk or Desk()
-        self.metrics = Metrics()
+        self.metrics = Metrics("one")
         engines = Engines(model, FORMAT, "codegen25", whole or self._whole, stream or self._stream)
         self.service = FleetService(engines, self.desk, self._meter, self.metrics)
 

@@ -68,8 +68,8 @@ def test_metrics_are_prometheus() -> None:
     client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers=KEY)
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    assert 'spanfill_requests_total{route="/v1/completions",status="200"} 1.0' in answer.text
-    assert 'spanfill_tokens_total{kind="prompt"} 1.0' in answer.text
+    assert 'spanfill_requests_total{gateway="one",route="/v1/completions",status="200"} 1.0' in answer.text
+    assert 'spanfill_tokens_total{gateway="one",kind="prompt"} 1.0' in answer.text
 
 
 def test_every_route_but_the_operators_asks_for_a_key_and_says_so() -> None:

@@ -46,7 +46,7 @@ class Gateway:
             about.headers["x-ratelimit-limit-tokens"] = "7"
             raise EngineError("It failed.")
 
-        self.metrics = Metrics()
+        self.metrics = Metrics("one")
         self.app = application(
             service or Scripted(),
             door,
@@ -68,9 +68,9 @@ class Gateway:
         """How many requests of a route had which status."""
         found = {}
         for line in self.metrics.text().decode().splitlines():
-            if line.startswith(f'spanfill_requests_total{{route="{route}"'):
+            if line.startswith(f'spanfill_requests_total{{gateway="one",route="{route}"'):
                 labels, count = line.rsplit(" ", 1)
-                found[labels.split('"')[3]] = float(count)
+                found[labels.split('"')[5]] = float(count)
         return found
 
 

@@ -55,6 +55,7 @@ def test_the_vim_plug_ins_request() -> None:
             max_tokens=128,
             decoding=Decoding(top_k=40, top_p=0.90),
             seconds=1.0,
+            indent=4,
             reported=True,
         )
     ]

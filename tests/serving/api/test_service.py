@@ -24,6 +24,7 @@ from serving.errors import (
     LimitError,
     ModelNotFoundError,
     NoInfillError,
+    OverloadedError,
     PromptTooLongError,
     UsageError,
 )
@@ -341,6 +342,18 @@ def test_an_answer_is_cut_once_its_time_is_over_and_it_has_a_line(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("indent", "made"), [(0, "  a = 1\n  b = 2\nc = 3\nd"), (2, "  a = 1\n  b = 2\nc")])
+def test_nothing_is_made_behind_the_block_that_an_answer_began_in(indent: int, made: str) -> None:
+    async def run() -> None:
+        house = House(stream=telling(grows("  a = 1\n  b = 2\nc = 3\nd")))
+        (choice,) = (await house.service.answer([replace(INFILL, indent=indent)], ACME, "demo")).choices
+        ((_, usage),) = house.used
+        assert choice.text == made
+        assert usage.completion_tokens == len(FORMAT.tokenizer.encode(made))
+
+    asyncio.run(run())
+
+
 def test_what_the_cache_held_is_known_of_an_answer_that_is_cut() -> None:
     async def run() -> None:
         told = [replace(growth, cached_tokens=3) for growth in grows("a = 1\nb")]
@@ -540,6 +553,39 @@ def test_large_texts_are_tokenised_one_at_a_time_and_others_meanwhile(monkeypatc
 
     asyncio.run(run())
     assert most == [1, 1, 1]
+
+
+def test_large_texts_of_a_tenant_take_turns_with_those_of_others_and_do_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    held = threading.Event()
+
+    def slowly(ask: Ask, fmt: Format, context: int) -> Rendered:
+        assert held.wait(60)
+        order.append(ask.behind)
+        return Rendered(ask, (1,), truncated=False)
+
+    monkeypatch.setattr(service, "render", slowly)
+
+    async def run() -> None:
+        house = House()
+
+        def large(tenant: str) -> "asyncio.Task[Any]":
+            ask = replace(INFILL, prefix="x" * LARGE_CHARS, behind=tenant)
+            return asyncio.ensure_future(house.service.answer([ask], Caller(tenant, "k"), "demo"))
+
+        tasks = [large("a"), large("a"), large("a"), large("b")]
+        await asyncio.sleep(0.01)
+        monkeypatch.setattr(service, "PATIENCE_SECONDS", 0.01)
+        with pytest.raises(OverloadedError, match="large texts"):
+            await large("c")
+        held.set()
+        await asyncio.gather(*tasks)
+        assert order == ["a", "b", "a", "a"]
+        await large("c")
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("text", ["<eom>", "<mask_1>", "<|endoftext|>", "a<sep>b<fim_prefix>"])

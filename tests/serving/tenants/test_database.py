@@ -16,7 +16,8 @@ from ray.serve.handle import DeploymentHandle
 
 from serving.api.ask import ServedModel
 from serving.api.gateway import Gateway, GatewayConfig
-from serving.app import AppConfig, assemble
+from serving.app import assemble
+from serving.app_config import AppConfig
 from serving.errors import ConfigError, DatabaseAwayError, VersionError
 from serving.tenants.database import database_address, fingerprint, open_engine, refuse_embedded
 from serving.tenants.schema import VERSION_TABLE, prepare
