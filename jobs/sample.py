@@ -9,13 +9,14 @@ from jobs.reader import InputSet, UnitReader
 from jobs.rows import row_prompts
 from jobs.sharing import ideal_cached_share, share_inside
 from jobs.spec import ROLES, JobSpec
+from serving.engine_args import CPU_BLOCK_SIZE
 from serving.errors import InputError
 from serving.formats import Format, Prompt
 from serving.models import resolve_model
 
 STRETCH_ROWS = 250
-BLOCK_SIZE, CPU_BLOCK_SIZE = 16, 128
-"""Tokens of a block of vLLM's KV cache on a GPU, and in its build for CPUs."""
+BLOCK_SIZE = 16
+"""Tokens of a block of vLLM's KV cache on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Sample:
     """What a sample tells of an input: lengths in tokens, shares from 0 to 1.
 
     ``cached_share`` is the ideal one at ``block_size`` when only rows of one unit share (a job orders rows inside its
-    units), ``cached_share_cpu`` the same at the block size of vLLM's CPU build, ``cached_share_all`` when all sampled
-    rows share, ``cached_share_all_cpu`` that at the CPU build's. ``rows`` are those of the input, from its footers.
+    units), ``cached_share_cpu`` the same at the block size on a CPU, ``cached_share_all`` when all sampled
+    rows share, ``cached_share_all_cpu`` that on a CPU. ``rows`` are those of the input, from its footers.
     """
 
     rows: int

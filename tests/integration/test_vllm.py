@@ -57,7 +57,7 @@ def ask(engine: VllmEngine, wait: Await, *requests: Request, **sampling: Any) ->
 def test_the_engine_is_what_was_asked_for(engine: VllmEngine) -> None:
     assert (engine.info.kind, engine.info.dtype, engine.info.max_model_len) == ("vllm", "float32", 1_024)
     assert engine.info.max_num_seqs == 16
-    settings = {"max_num_seqs": 16, "max_num_batched_tokens": 4_096, "enable_chunked_prefill": False, "block_size": 128}
+    settings = {"max_num_seqs": 16, "max_num_batched_tokens": 4_096, "enable_chunked_prefill": False, "block_size": 64}
     assert settings.items() <= engine.info.settings.items()
     assert engine.info.settings.keys() == {knob.name for knob in GRID}
     assert engine.info.cores == tuple(sorted(os.sched_getaffinity(0)))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.options import pairs_of, scalars_of
-from serving.engine_args import check_engine_args, is_gpu_build
+from serving.engine_args import CPU_BLOCK_SIZE, check_engine_args, is_gpu_build
 from serving.errors import ConfigError
 from tests.benchmarks.gpu.model import FULL, SMALL, Sizes, write_model
 from tests.benchmarks.gpu.report import line_of, roofline_of, table
@@ -42,7 +42,7 @@ ENGINE_ARGS = {
 }
 """For both alike; bare vLLM keeps no statistics otherwise."""
 
-BLOCK_SIZE = {"gpu": 16, "cpu": 128}
+BLOCK_SIZE = {"gpu": 16, "cpu": CPU_BLOCK_SIZE}
 MEASURING_SECONDS = 300
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from serving.engine_args import CPU_BLOCK_SIZE
 from serving.truncation import DEFAULT_PREFIX_ALIGN
 from tests.benchmarks.output import check_files, console, origin, parser_of, positive, publish_json
 from tests.benchmarks.peers.begun import Rounds, begun
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=positive, default=1_100)
     add("--max-tokens", type=positive, default=16)
     add("--kv-cache-gib", type=positive, default=1)
-    add("--block-size", type=positive, default=128, help="of the ideal cached share; vLLM's CPU build has 128")
+    add("--block-size", type=positive, default=CPU_BLOCK_SIZE, help="of every engine [default: spanfill's]")
     add("--align", type=positive, default=DEFAULT_PREFIX_ALIGN, help="of those that align [default: spanfill's]")
     add("--transformers-rows", type=positive, default=20)
     add("--timeout", type=float, default=7_200.0, help="seconds of one contestant in one round")

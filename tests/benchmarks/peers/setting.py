@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from serving.config import EngineConfig
 from serving.cores import available_cores
-from serving.engine_args import vllm_arguments
+from serving.engine_args import CPU_BLOCK_SIZE, vllm_arguments
 from serving.truncation import DEFAULT_PREFIX_ALIGN
 
 SPANFILL_ONLY = ("scheduling_policy", "distributed_executor_backend", "enable_log_requests")
@@ -28,7 +28,7 @@ class Setting:
     max_tokens: int = 16
     dtype: str = "bfloat16"
     kv_cache_gib: int | None = 1
-    block_size: int = 128
+    block_size: int = CPU_BLOCK_SIZE
     transformers_rows: int = 20
     align: int = DEFAULT_PREFIX_ALIGN
     """``prefix_align`` of the contestants that align."""
@@ -51,8 +51,9 @@ class Setting:
     @property
     def job_engine_args(self) -> dict[str, Any]:
         """The engine arguments of spanfill's job, the KV cache among them."""
+        blocks = {"block_size": self.block_size} if self.device == "cpu" else {}
         cache = {} if self.kv_cache_gib is None else {"kv_cache_memory_bytes": self.kv_cache_gib << 30}
-        return cache | self.engine_args
+        return cache | blocks | self.engine_args
 
     def engine_arguments(self) -> dict[str, Any]:
         """What spanfill's engine is given, less what only spanfill needs, as vLLM's engine arguments."""
