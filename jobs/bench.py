@@ -23,7 +23,7 @@ class _Ahead(Watcher):
     rows: int | None = None
 
     def update(self, progress: Progress) -> None:
-        """Called several times a second."""
+        """Called once a second, and when something is finished."""
         if progress.stage == "running" and self.rows is None:
             self.rows = progress.tally.prepared
 

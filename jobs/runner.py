@@ -64,7 +64,7 @@ class Watcher:
         """One plain line for the user."""
 
     def update(self, progress: Progress) -> None:
-        """Called several times a second."""
+        """Called once a second, and when something is finished."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ class _Start(Watcher):
     seconds = 0.0
 
     def update(self, progress: Progress) -> None:
-        """Called several times a second."""
+        """Called once a second, and when something is finished."""
         if progress.stage == "running" and not self.seconds:
             self.seconds = since_birth() - progress.seconds
 
