@@ -23,7 +23,7 @@ from jobs.signals import Signals, interruptible
 from jobs.spec import JobSpec, stored_spec
 from jobs.store import locate
 from jobs.tally import Tally
-from serving import fleet
+from serving import brood, fleet
 from serving.app import DEPLOYMENT
 from serving.config import ReplicaConfig
 from serving.errors import DamagedStateError, TooManyErrorsError
@@ -221,6 +221,7 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
     replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
     service = fleet.join_or_start(job.engine, replicas, embedded=embedded, say=watcher.say, check=run.check)
     try:
+        brood.remember()
         run.started.reached("engine")
         info = service.info
         route, rows = route_of(service.replicas, info.max_num_seqs, info.block_size, spec)

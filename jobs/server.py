@@ -9,6 +9,7 @@ import ray
 from ray import serve
 
 from jobs.signals import Signals, interruptible
+from serving import brood
 from serving.app import APP, DEPLOYMENT, assemble
 from serving.app_config import AppConfig
 from serving.errors import ConfigError, EngineError
@@ -16,6 +17,7 @@ from serving.fleet import RESOURCE_WAIT_SECONDS, connected, last_words
 from serving.tenants.store import open_store
 
 POLL_SECONDS = 0.25
+REMEMBER_SECONDS = 10.0
 QUIET_LOGS = {"log_level": "ERROR", "enable_access_log": False}
 
 
@@ -45,11 +47,15 @@ def serve_until_stopped(config: AppConfig, *, host: str, port: int, say: Callabl
                 say(f"jobs join with {_way_in()}")
                 if not has_tenants:
                     say("no key is asked for yet. Make a tenant and its key: spanfill tenants create NAME")
+                looked = -REMEMBER_SECONDS
                 while not stop.came:
                     time.sleep(POLL_SECONDS)
+                    if time.monotonic() - looked >= REMEMBER_SECONDS:
+                        looked = time.monotonic()
+                        brood.remember()
             say("stopping: what runs may finish")
         finally:
-            serve.delete(APP)
+            brood.attended(lambda: serve.delete(APP))
     return stop.exit_code
 
 

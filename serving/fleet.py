@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serving import brood
 from serving.app import DEPLOYMENT, build, place
 from serving.config import EngineConfig, ReplicaConfig
 from serving.errors import ConfigError, EngineError, ResourceError, TerminatedJobError
@@ -88,7 +89,11 @@ def connected() -> Iterator[bool]:
     try:
         yield not address
     finally:
+        if not address and brood.is_headless():
+            brood.end()  # Ray would wait for its head, and then end this process in the middle.
         ray.shutdown()
+        if not address:
+            brood.end()
 
 
 def _start() -> None:
@@ -105,6 +110,7 @@ def _start() -> None:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             init()
+    brood.begin(_daemons() - before, ray.get_runtime_context().gcs_address)
     for process in _daemons() - before:
         with suppress(psutil.NoSuchProcess):
             if any(argument.endswith(UNREAD) for argument in process.cmdline()):
@@ -241,7 +247,7 @@ class Fleet:
     def release(self) -> None:
         """Delete the application if this job started it."""
         if self.own:
-            delete_app(self.name, guarded=self.guarded)
+            brood.attended(lambda: delete_app(self.name, guarded=self.guarded))
 
 
 @dataclass

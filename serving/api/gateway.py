@@ -13,6 +13,7 @@ from fastapi import APIRouter, FastAPI
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.application import application
 from serving.api.ask import ServedModel, Service, Usage
@@ -104,6 +105,24 @@ def check_database() -> None:
     refuse_embedded(None, [f"{node['NodeManagerHostname']} {node['NodeManagerAddress']}" for node in alive])
 
 
+class Hearing:
+    """Tells of a client that is gone as ASGI does, where Serve raises: nobody takes what its task ends with."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+
+        async def heard() -> Message:
+            try:
+                return await receive()
+            except RayError:
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, heard, send)
+
+
 class Watch:
     """Reads the replicas every ``LOOK_SECONDS`` and tells the desk what they hold."""
 
@@ -191,7 +210,7 @@ class Gateway:
         door = Door(self._directory.caller, has_tenants=has_tenants)
         context = Context(self._config, self._service, door, self._store, self._meter, self._application)
         added = [_made(name, settings, context) for name, settings in self._application.routes.items()]
-        return application(
+        made = application(
             self._service,
             door,
             self._metrics,
@@ -200,6 +219,8 @@ class Gateway:
             larger={path: most for routes in added for path, most in routes.larger.items()},
             lifespan=self._life,
         )
+        made.add_middleware(Hearing)
+        return made
 
     async def check_health(self) -> None:
         """Called by Serve; raises what ended the reading of the replicas, without which nobody is admitted."""

@@ -178,8 +178,11 @@ class Desk:
     async def _ask(self, place: Place, demand: Demand) -> Ticket | SpanfillError:
         while True:
             clerk = await self._reach()
+            asked = asyncio.wrap_future(clerk.admit.remote(place, demand).future())
+            # Of one that is cancelled while it waits nobody else takes what it ends with.
+            asked.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
             try:
-                answer: Ticket | SpanfillError = await clerk.admit.remote(place, demand)
+                answer: Ticket | SpanfillError = await asked
             except RayActorError as error:
                 await self._lose(clerk, error)
             else:

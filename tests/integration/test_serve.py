@@ -360,3 +360,15 @@ def test_serve_run_starts_what_the_file_says(tmp_path: Path) -> None:
         process.wait(90)
         _, left = psutil.wait_procs(started, timeout=20)
         assert not left, left
+
+
+def test_a_signal_to_all_of_its_processes_ends_it_at_once_and_leaves_none(tmp_path: Path) -> None:
+    """As a service manager or ``timeout`` sends it: Ray's head ends before it could be asked for anything."""
+    with running_server(tmp_path, "--engine", "simulated", "--model", "demo-codegen25") as server:
+        everybody = server.tree()
+        for process in reversed(everybody):
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        assert server.process.wait(40) == 143, logs(server)
+        _, left = psutil.wait_procs(everybody, timeout=20)
+        assert left == []
