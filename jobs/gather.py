@@ -77,7 +77,7 @@ def _sorting_folder(output: Location) -> Path:
 
 
 def _keys(spec: JobSpec, fmt: Format, schema: pa.Schema) -> list[str]:
-    roles = [spec.column(role) for role in fmt.text_order]
+    roles = [spec.column(role) for role in fmt.spec.text_order]
     return [*(role for role in roles if role in schema.names), ORIGIN_FILE, ORIGIN_ROW]
 
 

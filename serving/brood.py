@@ -54,16 +54,13 @@ def attended(ask: Callable[[], None]) -> None:
 def end() -> None:
     """Kill what of it is left, and forget it."""
     remember()
-    for process in _known:
-        with suppress(psutil.NoSuchProcess):
-            if _lives(process):
-                process.kill()
+    kill(_known)
     for found in (_daemons, _head, _known):
         found.clear()
 
 
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Kill those that are left of some."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -106,23 +106,18 @@ def _start() -> None:
         try:
             init()
         except (EngineError, OSError):
-            for process in _daemons() - before:  # Ray forgets those of a start that fails.
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            brood.kill(_daemons() - before)  # Ray forgets those of a start that fails.
             init()
     brood.begin(_daemons() - before, ray.get_runtime_context().gcs_address)
-    for process in _daemons() - before:
-        with suppress(psutil.NoSuchProcess):
-            if any(argument.endswith(UNREAD) for argument in process.cmdline()):
-                process.kill()
+    brood.kill(_daemons(UNREAD) - before)
 
 
-def _daemons() -> set[psutil.Process]:
-    """The processes below this one that run Ray's own programs."""
+def _daemons(names: str | tuple[str, ...] = "") -> set[psutil.Process]:
+    """The processes below this one that run Ray's own programs, or those whose paths end so."""
     found = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if any(argument.startswith(RAY_FOLDER) for argument in process.cmdline()):
+            if any(word.startswith(RAY_FOLDER) and word.endswith(names) for word in process.cmdline()):
                 found.add(process)
     return found
 

@@ -51,7 +51,12 @@ class FormatSpec:
     @property
     def prefix_align(self) -> int:
         """Where cut prefixes begin unless told otherwise; 1 behind a suffix, where rows cannot share them anyway."""
-        return 1 if S in self.layout and self.layout.index(S) < self.layout.index(P) else DEFAULT_PREFIX_ALIGN
+        return 1 if self.text_order[0] == S.value else DEFAULT_PREFIX_ALIGN
+
+    @property
+    def text_order(self) -> list[str]:
+        """``prefix`` and ``suffix`` in the order in which they stand in a prompt."""
+        return [item.value for item in self.layout if isinstance(item, Part)]
 
 
 _MASK = (P, "<mask_1>", S, "<|endoftext|>", "<sep>", "<mask_1>")
@@ -225,11 +230,6 @@ class Format:
                 f"format {self.spec.name} has no suffix support.",
                 remedy="Leave the suffix out with --column suffix=, or use a model that infills.",
             )
-
-    @property
-    def text_order(self) -> list[str]:
-        """``prefix`` and ``suffix`` in the order in which they stand in a prompt."""
-        return [item.value for item in self.spec.layout if isinstance(item, Part)]
 
     @property
     def end_token_id(self) -> int:

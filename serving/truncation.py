@@ -17,7 +17,12 @@ class Window:
 
 
 def window(
-    prefix_tokens: int, suffix_tokens: int, room: int, *, suffix_share: float | None = None, align: int | None = None
+    prefix_tokens: int,
+    suffix_tokens: int,
+    room: int,
+    *,
+    suffix_share: float | None = None,
+    align: int = DEFAULT_PREFIX_ALIGN,
 ) -> Window:
     """Keep the prefix's end and the suffix's beginning, together at most ``room`` tokens.
 
@@ -33,7 +38,7 @@ def window(
     cut = prefix_tokens - prefix_room
     if cut <= 0:
         return Window(0, kept_suffix)
-    step = _step(DEFAULT_PREFIX_ALIGN if align is None else align, prefix_room)
+    step = _step(align, prefix_room)
     return Window(min(prefix_tokens, -(-cut // step) * step), kept_suffix)
 
 

@@ -15,7 +15,7 @@ from serving.tenants.database import database_address, fingerprint
 from serving.tenants.key_text import DECOY_HASH, KeyText, matches, new_key, parse_key
 from serving.tenants.sessions import Sessions, take_turns
 from serving.tenants.tables import KeyRow, TenantRow, WorkRow, cancel_work
-from serving.tenants.terms import DEFAULT_TERMS, NO_LIMITS, Terms, check_limits, check_name, check_terms
+from serving.tenants.terms import DEFAULT_TERMS, NO_LIMITS, NOBODY, Terms, check_limits, check_name, check_terms
 from serving.tenants.usage import DIMENSIONS, EVERYTHING, Dimension, Numbered, UsageFilter, UsageLine
 
 GRACE_SECONDS = 86_400.0
@@ -62,6 +62,11 @@ class TenantStore:
     def create_tenant(self, name: str, terms: Terms = DEFAULT_TERMS) -> TenantRow:
         """A new tenant without keys; raises ``UsageError`` for a name that is taken or wrong, or for wrong terms."""
         check_name(name, "tenant")
+        if name == NOBODY:
+            raise UsageError(
+                f"{name!r} is who calls before there is a tenant, whose files it would get.",
+                remedy="Choose another name.",
+            )
         check_terms(terms)
         row = TenantRow(name=name, terms=terms, created=self._clock(), revoked=None)
         try:

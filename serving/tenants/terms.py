@@ -31,10 +31,6 @@ DEFAULT_TERMS = Terms()
 
 def check_name(name: str, of: str) -> None:
     """Raise ``UsageError`` for a name that a tenant or key (``of``) cannot have."""
-    if of == "tenant" and name == NOBODY:
-        raise UsageError(
-            f"{name!r} is who calls before there is a tenant, whose files it would get.", remedy="Choose another name."
-        )
     if not NAME.fullmatch(name):
         raise UsageError(
             f"{name!r} cannot be the name of a {of}.",

@@ -14,7 +14,6 @@ all embeddings, which the roofline takes for matrices to multiply with at every 
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from tests.benchmarks.gpu.model import FULL, SMALL, Sizes, write_model
 from tests.benchmarks.gpu.report import line_of, roofline_of, table
 from tests.benchmarks.output import check_files, console, origin, parser_of, positive, publish_json
 from tests.benchmarks.peers.inputs import INPUTS, make_rows, write_rows
-from tests.benchmarks.peers.rounds import Attempt, play
+from tests.benchmarks.peers.rounds import Attempt, end_by_signals, play
 from tests.benchmarks.peers.setting import Setting
 
 CONTESTANTS = ("vllm", "vllm-aligned", "vllm-sorted", "spanfill", "spanfill-1")
@@ -51,8 +50,7 @@ def main() -> int:
     parser = _parser()
     options = parser.parse_args()
     sizes, engine_args = _checked(parser, options)
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # The contestant at work must end with this process.
-        signal.signal(ending, lambda number, _: sys.exit(128 + number))
+    end_by_signals()
     with tempfile.TemporaryDirectory(prefix="spanfill-gpu-") as temporary:
         folder = Path(temporary)
         setting = _setting(write_model(folder / "model", sizes), sizes, engine_args)

@@ -8,7 +8,6 @@ after every attempt; the same command goes on with those that it lacks.
 """
 
 import argparse
-import signal
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from tests.benchmarks.peers.contestant import CONTESTANTS
 from tests.benchmarks.peers.inputs import INPUTS, ROWS, make_rows, write_rows
 from tests.benchmarks.peers.model import SIZES, cached_model
 from tests.benchmarks.peers.report import plot, ratio_lines, summarise, table
-from tests.benchmarks.peers.rounds import Attempt, play
+from tests.benchmarks.peers.rounds import Attempt, end_by_signals, play
 from tests.benchmarks.peers.setting import Setting
 
 
@@ -35,8 +34,7 @@ def main() -> int:
     if unknown := set(options.contestants) - set(CONTESTANTS):
         parser.error(f"no contestant: {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
     check_files(parser, options.json, options.plot)
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # The contestant at work must end with this process.
-        signal.signal(ending, lambda number, _: sys.exit(128 + number))
+    end_by_signals()
     rows = make_rows(options.input, options.rows, seed=options.seed)
     with tempfile.TemporaryDirectory(prefix="spanfill-peers-") as temporary:
         folder = Path(temporary)
