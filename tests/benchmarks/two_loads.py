@@ -1,10 +1,12 @@
 """People and a job on one engine, on a clock of its own: CodeGen2.5-7B on a simulated H100, no process and no HTTP.
 
-    spanfill bench two_loads --rates 1 2 4 --seeds 3 [--seconds 600] [--beside 4] [--json FILE]
+    spanfill bench two_loads --rates 1 2 4 --seeds 3 [--seconds 600] [--beside 4]
+                             [--job-tokens 64] [--json FILE]
 
 People ask for 64 tokens behind prompts of 600, at moments drawn beforehand (a Poisson process): alone, and beside a job
-that always has rows that wait. The engine's own scheduler decides (``serving.batching``), and the roofline says what a
-step takes. ``spanfill bench loads`` measures the same through HTTP and Ray Serve.
+that always has rows that wait, of as long prompts and ``--job-tokens`` of output. The engine's own scheduler decides
+(``serving.batching``), and the roofline says what a step takes. ``spanfill bench loads`` measures the same through HTTP
+and Ray Serve.
 """
 
 import asyncio
@@ -33,6 +35,7 @@ class _Pass:
     """One run of the clock; moments in seconds."""
 
     beside: int
+    job_tokens: int
     loop: asyncio.AbstractEventLoop
     now: float = 0.0
     busy: float = 0.0
@@ -65,7 +68,8 @@ class _Pass:
         return self
 
     def _add(self, priority: int) -> Sequence:
-        sequence = Sequence([next(self.numbers)] * PROMPT, OUTPUT, None, self.loop.create_future())
+        output = self.job_tokens if priority == BATCH_PRIORITY else OUTPUT
+        sequence = Sequence([next(self.numbers)] * PROMPT, output, None, self.loop.create_future())
         self.plan.add(sequence, priority)
         return sequence
 
@@ -103,15 +107,17 @@ class Figures:
         return self.end_to_end_p99[1] / self.end_to_end_p99[0]
 
 
-def study(rate: float, *, seconds: float = 600.0, beside: int = GPU_ROWS_BESIDE, seed: int = 0) -> Figures:
-    """``rate`` people a second for ``seconds``; ``beside`` rows go on beside them."""
+def study(
+    rate: float, *, seconds: float = 600.0, beside: int = GPU_ROWS_BESIDE, job_tokens: int = OUTPUT, seed: int = 0
+) -> Figures:
+    """``rate`` people a second for ``seconds``; ``beside`` rows, of ``job_tokens`` of output, go on beside them."""
     draw = random.Random(seed)
     coming = itertools.accumulate(draw.expovariate(rate) for _ in itertools.count())
     moments = list(itertools.takewhile(lambda moment: moment < seconds, coming))
     loop = asyncio.new_event_loop()
-    people = _Pass(beside, loop).run(moments, seconds, job=False)
-    job = _Pass(beside, loop).run([], seconds, job=True)
-    both = _Pass(beside, loop).run(moments, seconds, job=True)
+    people = _Pass(beside, job_tokens, loop).run(moments, seconds, job=False)
+    job = _Pass(beside, job_tokens, loop).run([], seconds, job=True)
+    both = _Pass(beside, job_tokens, loop).run(moments, seconds, job=True)
     loop.close()
     return Figures(
         rate,
@@ -135,13 +141,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=positive, default=1)
     parser.add_argument("--seconds", type=above_zero, default=600.0)
     parser.add_argument("--beside", type=positive, default=GPU_ROWS_BESIDE, help="rows that go on beside people")
+    parser.add_argument("--job-tokens", type=positive, default=OUTPUT, help="output of each of the job's rows")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     check_files(parser, asked.json, None)
     if min(asked.rates) * asked.seconds < FEWEST:
         parser.error(f"--seconds {asked.seconds:g}: fewer than {FEWEST} people have no p99")
     cases = itertools.product(asked.rates, range(asked.seeds))
-    found = [study(rate, seconds=asked.seconds, beside=asked.beside, seed=seed) for rate, seed in cases]
+    told = {"seconds": asked.seconds, "beside": asked.beside, "job_tokens": asked.job_tokens}
+    found = [study(rate, seed=seed, **told) for rate, seed in cases]
     table = Table(
         "people/s", "seed", "people", "first token p99, ms", "ratio", "end-to-end p99, ms", "ratio", "idle", "job"
     )
