@@ -28,8 +28,13 @@ class _Ahead(Watcher):
             self.rows = progress.tally.prepared
 
 
-def feed(*, rows: int, row_bytes: int, replicas: int, feeders: int = 1, seed: int = 0) -> dict[str, Any]:
-    """Cut ``rows`` rows of ``row_bytes`` bytes from the standard library and run them; returns the figures.
+def feed(
+    *, rows: int, row_bytes: int, replicas: int, feeders: int = 1, seed: int = 0, files: Path | None = None
+) -> dict[str, Any]:
+    """Cut ``rows`` rows of ``row_bytes`` bytes from Python files and run them; returns the figures.
+
+    The files are those anywhere below ``files``, or the standard library's. Raises ``ConfigError`` where they are too
+    short.
 
     ``rows_per_second`` counts from the moment the engine is up to the last part written; ``steady_rows_per_second``
     leaves out the rows that were prepared before, so it is what a job of any length can rely on. ``total_seconds`` is
@@ -38,7 +43,7 @@ def feed(*, rows: int, row_bytes: int, replicas: int, feeders: int = 1, seed: in
     ahead = _Ahead()
     with tempfile.TemporaryDirectory(prefix="spanfill-feed-") as folder:
         source = Path(folder, "rows.parquet")
-        write_rows(source, rows, row_bytes, seed)
+        write_rows(source, rows, row_bytes, seed, files)
         spec = JobSpec(
             input=str(source),
             output=f"{folder}/out",
@@ -67,9 +72,15 @@ def feed(*, rows: int, row_bytes: int, replicas: int, feeders: int = 1, seed: in
     }
 
 
-def write_rows(path: Path, rows: int, row_bytes: int, seed: int) -> None:
-    """Prefixes and suffixes of half of ``row_bytes`` characters each, cut anywhere from the standard library."""
-    text = "".join(p.read_text(errors="ignore") for p in sorted(standard_library().glob("*.py")))
+def write_rows(path: Path, rows: int, row_bytes: int, seed: int, files: Path | None = None) -> None:
+    """Prefixes and suffixes of half of ``row_bytes`` characters each, cut anywhere from Python files."""
+    paths = standard_library().glob("*.py") if files is None else files.rglob("*.py")
+    text = "".join(p.read_text(errors="ignore") for p in sorted(paths) if p.is_file())
+    if len(text) <= row_bytes:
+        raise ConfigError(
+            f"the Python files below {files} have {len(text):,} characters together, fewer than a row.",
+            remedy="Name a folder with more of them.",
+        )
     draw = random.Random(seed)
     starts = [draw.randrange(len(text) - row_bytes) for _ in range(rows)]
     half = row_bytes // 2

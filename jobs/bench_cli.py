@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,13 +21,17 @@ def bench_feed(
     row_bytes: Annotated[int, typer.Option(help="Bytes of prefix and suffix together.", min=16, max=1 << 20)] = 2_048,
     replicas: Annotated[int, typer.Option(help="Instant engines.", min=1)] = 1,
     feeders: Annotated[int, typer.Option(help="Processes that read and write, as for run.", min=1)] = 2,
+    files: Annotated[
+        Path | None,
+        typer.Option(help="Cut rows from the Python files below this folder [default: standard library, repeatedly]."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Rows a second of everything but the model: Parquet, tokenizer, order, Ray Serve, Parquet (instant engine)."""
     from jobs.bench import feed
 
     with redirect_stdout(sys.stderr):
-        result = feed(rows=rows, row_bytes=row_bytes, replicas=replicas, feeders=feeders)
+        result = feed(rows=rows, row_bytes=row_bytes, replicas=replicas, feeders=feeders, files=files)
     if json_:
         print(json.dumps(result))
     else:

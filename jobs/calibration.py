@@ -77,15 +77,16 @@ def observe(folder: str) -> Observed:
     if manifest is None:
         raise OutputError(f"{folder} is a job that is not finished.", remedy="Run it to its end first.")
     rate, samples, rows = manifest["rows_per_second"], manifest["rows"], manifest["tally"]["rows"]
+    generated = samples * (1 - manifest["tally"].get("twins", 0) / max(1, rows))
     replicas = manifest.get("engines", {}).get("replicas", 0)
     if manifest["engine"] == "instant" or not rate or not samples or not replicas:
         raise ConfigError(f"{folder} tells no speed of an engine.", remedy="Calibrate with a job that ran one.")
     return Observed(
         name=folder,
         prompt_tokens=manifest["prompt_tokens"] / samples,
-        computed_tokens=(manifest["prompt_tokens"] - manifest["cached_tokens"]) / samples,
+        computed_tokens=(manifest["prompt_tokens"] - manifest["cached_tokens"]) / generated,
         output_tokens=manifest["completion_tokens"] / samples + stop_share(manifest),
-        seconds=replicas / (rate * samples / rows),
+        seconds=replicas / (rate * generated / rows),
         replicas=replicas,
         manifest=manifest,
         engine_args=job["spec"]["engine_args"],

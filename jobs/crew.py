@@ -69,6 +69,15 @@ class Crew:
         self._rows = rows
         self._attach(self._seats)
 
+    def widen(self, route: Route, rows: int) -> None:
+        """Go on with more replicas: each feeder, and whoever replaces it, calls all of the ``route``."""
+        assert self._attachment is not None
+        self._attachment = (*self._attachment[:2], route)
+        self._rows = rows
+        for widened in [seat.feeder.widen.remote(route.replicas) for seat in self._seats]:
+            with suppress(RayActorError):
+                ray.get(widened)
+
     def _attach(self, seats: Sequence[_Seat]) -> None:
         if self._attachment is None:
             return

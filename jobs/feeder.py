@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
@@ -37,12 +38,13 @@ class FeederReport:
 class Route:
     """How to call an application: its replicas, each with ``window`` calls of this feeder in flight at first.
 
-    ``block_size`` tokens are a block of the engines' prefix caches.
+    They weigh no more than ``room`` tokens. ``block_size`` tokens are a block of the engines' prefix caches.
     """
 
     replicas: int
     window: int
     block_size: int
+    room: float = math.inf
 
 
 class Flight:
@@ -116,9 +118,14 @@ class Feeder:
         self._dispatcher = Dispatcher(
             call, max_attempts=spec.max_attempts, cache_salt=spec.cache_salt, weight=spec.weight
         )
-        self._lanes = Lanes(route.replicas, route.window, spec.batch_rows)
+        self._lanes = Lanes(route.replicas, route.window, spec.batch_rows, room=route.room)
         self._block_size = route.block_size
         self._ready.set()
+
+    async def widen(self, replicas: int) -> None:
+        """Send to so many replicas from now on, where there were fewer."""
+        self._lanes.widen(replicas)
+        self._pump()
 
     async def progress(self) -> FeederReport:
         """How far the units under way are."""

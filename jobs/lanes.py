@@ -28,21 +28,29 @@ Batch = list[int]
 
 @dataclass(slots=True)
 class Ticket:
-    """A micro-batch that a lane has taken: rows of a unit and what they weigh, until ``Lanes.settle``."""
+    """A micro-batch that a lane has taken: rows of a unit and what they weigh, until ``Lanes.settle``.
+
+    Of the lane's window it takes the places of so many rows.
+    """
 
     lane: int
     unit: int
     rows: Batch
     weight: float
+    places: int
     open: bool = True
 
 
 @dataclass(slots=True)
 class _Lane:
-    """What is in flight to a replica, and its speed in weight a second."""
+    """What is in flight to a replica, and its speed in weight a second.
+
+    A ``window`` of so many micro-batches is full when their ``places`` are taken.
+    """
 
     window: int
     calls: int = 0
+    places: int = 0
     weight: float = 0.0
     done: float = 0.0
     seconds: float = 0.0
@@ -80,15 +88,24 @@ class _Queue:
 class Lanes:
     """``count`` lanes of at first ``window`` calls in flight, each of micro-batches of at most ``batch_rows`` rows.
 
-    A row weighs what it costs an engine, in any unit: tokens to compute, say.
+    A row weighs what it costs an engine, in any unit: tokens to compute, say. Where so many calls of the first unit's
+    rows would weigh more than ``room``, windows begin smaller, with two at least. Of units with few rows for a lane a
+    window holds more calls.
     """
 
     def __init__(
-        self, count: int, window: int, batch_rows: int, *, clock: Callable[[], float] = time.monotonic
+        self,
+        count: int,
+        window: int,
+        batch_rows: int,
+        *,
+        room: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lanes = [_Lane(window) for _ in range(count)]
-        self._most = MOST_WINDOWS * window
+        self._first, self._most = window, MOST_WINDOWS * window
         self._batch_rows = batch_rows
+        self._room_at_first = room
         self._queues: dict[int, _Queue] = {}
         self._waiting = self._added = 0.0
         self._added_rows = 0
@@ -115,16 +132,33 @@ class Lanes:
             loads[lane] += piece.weight
         for run, own in zip(queue.runs, dealt, strict=True):
             for piece in sorted(own, key=lambda piece: -piece.weight / piece.rows):
-                run.extend(piece.batches)
+                run.extend(reversed(piece.batches) if piece.is_heavier_later else piece.batches)
         self._queues[unit] = queue
         self._waiting += total
+        if not self._added_rows and total:
+            self._narrow(total / sum(piece.rows for piece in pieces))
         self._added += total
         self._added_rows += sum(piece.rows for piece in pieces)
+
+    def widen(self, count: int) -> None:
+        """Have ``count`` lanes from now on, where there were fewer; the new ones take from the others' ends."""
+        more = range(len(self._lanes), count)
+        self._lanes += [_Lane(self._first) for _ in more]
+        for queue in self._queues.values():
+            queue.runs += [deque() for _ in more]
+
+    def _narrow(self, row: float) -> None:
+        """Let windows begin with no more than there is room for, where a row weighs so much."""
+        fitting = self._room_at_first / (row * self._batch_rows)
+        if fitting < self._first:
+            self._first = max(2, math.ceil(fitting))
+            for lane in self._lanes:
+                lane.window = self._first
 
     def take(self, lane: int) -> Ticket | None:
         """The lane's next micro-batch; None when its window is full, nothing waits, or others will be sooner done."""
         state = self._lanes[lane]
-        if state.calls >= state.window or (found := self._own(lane) or self._other()) is None:
+        if state.places >= state.window * self._batch_rows or (found := self._own(lane) or self._other()) is None:
             return None
         queue, run, last = found
         row = self._added / self._added_rows
@@ -148,7 +182,10 @@ class Lanes:
         if not state.calls:
             state.since = self._clock()
         state.calls, state.weight = state.calls + 1, state.weight + weight
-        return Ticket(lane, queue.unit, batch, weight)
+        # What is cut near the job's end counts whole: the less is in flight then, the better it can be dealt.
+        places = self._batch_rows if run else min(len(batch), self._batch_rows)
+        state.places += places
+        return Ticket(lane, queue.unit, batch, weight, places)
 
     def _own(self, lane: int) -> tuple[_Queue, deque[Batch], bool] | None:
         return next(((q, q.runs[lane], False) for q in self._queues.values() if q.runs[lane]), None)
@@ -187,6 +224,7 @@ class Lanes:
         state = self._lanes[ticket.lane]
         state.measure(self._clock(), ticket.weight if answered else 0.0)
         state.calls, state.weight = state.calls - 1, state.weight - ticket.weight
+        state.places -= ticket.places
         if waiting is None:
             return
         if waiting < self._batch_rows:
@@ -209,14 +247,23 @@ class _Piece:
     """Micro-batches that stay together."""
 
     batches: list[Batch] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
     rows: int = 0
     weight: float = 0.0
 
     def add(self, batch: Batch, weight: float) -> None:
         """One more."""
         self.batches.append(batch)
+        self.weights.append(weight)
         self.rows += len(batch)
         self.weight += weight
+
+    @property
+    def is_heavier_later(self) -> bool:
+        """Whether its rows weigh more towards its end: backwards too, neighbours follow each other."""
+        middle = len(self.batches) // 2
+        first, last = (sum(map(len, half)) for half in (self.batches[:middle], self.batches[middle:]))
+        return middle > 0 and sum(self.weights[middle:]) / last > sum(self.weights[:middle]) / first
 
 
 def _pieces(group: Sequence[tuple[Batch, float]], most: float) -> list[_Piece]:

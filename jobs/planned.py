@@ -46,6 +46,8 @@ def _facts(plan: Plan) -> Iterator[str]:
         f"p99 {s.prompt_tokens_p99:,}, most {s.prompt_tokens_max:,}; truncated {s.truncated_share:.1%}, "
         f"error rows {s.error_share:.1%}"
     )
+    if s.twin_share:
+        yield f"equal prompts: {s.twin_share:.1%} of the rows take another's answer where nothing is sampled"
     yield (
         f"shared by prefix, at best: {s.cached_share:.1%} of the prompt tokens inside units of "
         f"{plan.spec.rows_per_part:,} rows, {s.cached_share_all:.1%} over the whole sample (blocks of {s.block_size})"

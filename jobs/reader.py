@@ -339,7 +339,8 @@ class UnitReader:
             if self._most is not None:
                 widest = row_bytes(source, parquet.metadata.row_group(number), self._columns)
                 rows = max(1, min(rows, self._most // max(1, widest)))
-            yield from parquet.iter_batches(rows, row_groups=[number], columns=self._columns)
+            for batch in parquet.iter_batches(rows, row_groups=[number], columns=self._columns):
+                yield from _halved(batch, self._most)
             at = stop
 
     def _take(self, file: InputFile, start: int, stop: int) -> Iterator[pa.RecordBatch]:
@@ -355,6 +356,22 @@ class UnitReader:
             self._at += keep
             if skip < keep:
                 yield batch.slice(skip, keep - skip)
+
+
+def _halved(batch: pa.RecordBatch, most: int | None) -> Iterator[pa.RecordBatch]:
+    """A batch in parts that hold ``most`` bytes at most, or are one row: one may be a thousand times the others."""
+    if most is None or batch.num_rows <= 1 or held_bytes(batch) <= most:
+        yield batch
+        return
+    middle = batch.num_rows // 2
+    yield from _halved(batch.slice(0, middle), most)
+    yield from _halved(batch.slice(middle), most)
+
+
+def held_bytes(batch: pa.RecordBatch) -> int:
+    """Bytes of a batch, without the dictionaries that its rows name: a copy of a row names them again."""
+    columns = (c.indices if isinstance(c, pa.DictionaryArray) else c for c in batch.columns)
+    return sum(int(column.nbytes) for column in columns)
 
 
 def origins(batch: pa.RecordBatch, file: InputFile, first: int) -> list[tuple[str, int]]:

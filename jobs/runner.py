@@ -28,8 +28,9 @@ from serving.app import DEPLOYMENT
 from serving.config import ReplicaConfig
 from serving.errors import DamagedStateError, TooManyErrorsError
 from serving.formats import load_format
+from serving.protocol import EngineInfo
 
-ROWS_AHEAD = 2
+ROWS_AHEAD, CACHES_AHEAD = 2, 3
 """Rows in flight for each place in an engine's batch, so that a finished row's successor already waits there."""
 
 POLL_SECONDS = 1.0
@@ -224,7 +225,7 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
         brood.remember()
         run.started.reached("engine")
         info = service.info
-        route, rows = route_of(service.replicas, info.max_num_seqs, info.block_size, spec)
+        route, rows = route_of(service.replicas, info, spec)
         before, ran = service.stats(), run.ran
         crew.attach(DEPLOYMENT, service.name, route, rows=rows)
         run.progress.stage = "running"
@@ -239,15 +240,16 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
         service.release()
 
 
-def route_of(replicas: int, max_num_seqs: int, block_size: int, spec: JobSpec) -> tuple[Route, int]:
+def route_of(replicas: int, engine: EngineInfo, spec: JobSpec) -> tuple[Route, int]:
     """How each feeder calls the replicas, and the rows that it needs under way to keep them busy.
 
-    At first all feeders together have ``ROWS_AHEAD`` times what an engine's batch holds in flight to it; as many rows
-    again are prepared meanwhile.
+    At first all feeders together have ``ROWS_AHEAD`` times what an engine's batch holds in flight to it, but no more
+    than ``CACHES_AHEAD`` times what its KV cache does; as many rows again are prepared meanwhile.
     """
-    calls = max(3, math.ceil(ROWS_AHEAD * max_num_seqs / spec.batch_rows))
+    calls = max(3, math.ceil(ROWS_AHEAD * engine.max_num_seqs / spec.batch_rows))
     window = max(2, math.ceil(calls / spec.feeders))
-    return Route(replicas, window, block_size), 2 * window * replicas * spec.batch_rows
+    room = CACHES_AHEAD * engine.kv_cache_tokens / spec.feeders if engine.kv_cache_tokens else math.inf
+    return Route(replicas, window, engine.block_size, room), 2 * window * replicas * spec.batch_rows
 
 
 def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> None:
@@ -261,6 +263,9 @@ def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> No
             _tell(run, crew)
             _redo(run, left, run.recheck.damaged())
             service.watch(run.progress.fresh_rows, run.watcher.say)
+            if service.has_grown():
+                run.watcher.say(f"the fleet has {service.replicas} replicas now")
+                crew.widen(*route_of(service.replicas, service.info, run.job.spec))
             run.check()
             _check_errors(run.job.spec, run.progress.tally)
     except BaseException:

@@ -1,5 +1,6 @@
 """A sample of a job's input, made into prompts as ``run`` makes them: what the rows weigh, without an engine."""
 
+import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,8 @@ class Sample:
     ``cached_share`` is the ideal one at ``block_size`` when only rows of one unit share (a job orders rows inside its
     units), ``cached_share_cpu`` the same at the block size on a CPU, ``cached_share_all`` when all sampled
     rows share, ``cached_share_all_cpu`` that on a CPU. ``rows`` are those of the input, from its footers.
+    ``twin_share`` of the prompts are those of other rows, whose answers a job gives them; lengths and shares are of the
+    others.
     """
 
     rows: int
@@ -38,6 +41,7 @@ class Sample:
     prompt_tokens_max: int
     truncated_share: float
     error_share: float
+    twin_share: float
     block_size: int
     cached_share: float
     cached_share_cpu: float
@@ -46,8 +50,8 @@ class Sample:
 
     @property
     def engine_rows(self) -> float:
-        """Rows that reach an engine: bad input does not."""
-        return self.rows * (1 - self.error_share)
+        """Rows that reach an engine: bad input and second rows of one prompt do not."""
+        return self.rows * (1 - self.error_share) * (1 - self.twin_share)
 
 
 def stretches(units: Iterable[Unit], *, sample: int) -> list[Unit]:
@@ -104,14 +108,21 @@ def _prompts(spec: JobSpec, fmt: Format, context: int, inputs: InputSet, unit: U
 
 def _measure(spec: JobSpec, inputs: InputSet, taken: Sequence[Unit], prompts: Sequence[Sequence[Prompt]]) -> Sample:
     by_unit: dict[int, list[Sequence[int]]] = {}
+    known, count = set[tuple[int, bytes]](), sum(map(len, prompts))
     for unit, made in zip(taken, prompts, strict=True):
-        by_unit.setdefault(unit.index, []).extend(prompt.token_ids for prompt in made)
+        own = by_unit.setdefault(unit.index, [])
+        for prompt in made:
+            key = 0 if spec.order == "global" else unit.index, array.array("I", prompt.token_ids).tobytes()
+            if spec.temperature > 0 or key not in known:
+                own.append(prompt.token_ids)
+                known.add(key)
     ids = [token_ids for group in by_unit.values() for token_ids in group]
     if not ids:
         raise InputError(
             f"{inputs.root}: no sampled row has a prompt.", remedy="Check the input with spanfill explain."
         )
     lengths = sorted(map(len, ids))
+    groups = [group for group in by_unit.values() if group]
     tokens, sampled = sum(lengths), sum(unit.rows for unit in taken)
     return Sample(
         rows=min(inputs.rows, spec.limit or inputs.rows),
@@ -122,11 +133,12 @@ def _measure(spec: JobSpec, inputs: InputSet, taken: Sequence[Unit], prompts: Se
         prompt_tokens_p90=_percentile(lengths, 90),
         prompt_tokens_p99=_percentile(lengths, 99),
         prompt_tokens_max=lengths[-1],
-        truncated_share=sum(prompt.truncated for made in prompts for prompt in made) / len(lengths),
-        error_share=1 - len(lengths) / sampled,
+        truncated_share=sum(prompt.truncated for made in prompts for prompt in made) / count,
+        error_share=1 - count / sampled,
+        twin_share=1 - len(lengths) / count,
         block_size=BLOCK_SIZE,
-        cached_share=share_inside(by_unit.values(), BLOCK_SIZE),
-        cached_share_cpu=share_inside(by_unit.values(), CPU_BLOCK_SIZE),
+        cached_share=share_inside(groups, BLOCK_SIZE),
+        cached_share_cpu=share_inside(groups, CPU_BLOCK_SIZE),
         cached_share_all=ideal_cached_share(ids, BLOCK_SIZE),
         cached_share_all_cpu=ideal_cached_share(ids, CPU_BLOCK_SIZE),
     )

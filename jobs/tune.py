@@ -73,9 +73,9 @@ def tune(
 ) -> Tuning:
     """Find engine arguments that infill a sample of ``spec.input`` faster; ``spec.engine_args`` are the baseline.
 
-    The sample has ``rows`` rows, or ``GPU_ROWS`` where vLLM is the one for GPUs and ``ROWS`` elsewhere. Begins no
-    trial after ``minutes``. ``tell`` is called after each, ``watcher`` hears what the runs say. Raises what ``run_job``
-    raises when the baseline itself cannot run.
+    The sample has ``rows`` rows, or ``GPU_ROWS`` where vLLM is the one for GPUs and ``ROWS`` elsewhere. The baseline
+    runs first, three times; after ``minutes`` no trial is begun. ``tell`` is called after each, ``watcher`` hears what
+    the runs say. Raises what ``run_job`` raises when the baseline itself cannot run.
     """
     job, gpu, deadline = prepare_job(spec), is_gpu_build(), clock() + 60 * minutes
     length, wanted = job.engine.max_model_len, rows or (GPU_ROWS if gpu and spec.engine == "vllm" else ROWS)
@@ -102,7 +102,10 @@ def _run(spec: JobSpec, sample: Path, settings: Settings, watcher: Watcher | Non
 
 
 def sample_rows(job: Job, rows: int) -> pa.Table:
-    """Some runs of neighbouring rows, spread evenly over the input, with the columns that play a role."""
+    """Some runs of neighbouring rows, spread evenly over the input, with the columns that play a role.
+
+    Of a shuffled input they share less than a job's rows do, above all with ``order: global``.
+    """
     roles = {job.spec.column(role) for role in job.spec.roles}
     reader = UnitReader(job.inputs.root, [name for name in job.inputs.schema.names if name in roles])
     files = job.inputs.files

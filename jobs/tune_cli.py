@@ -23,7 +23,9 @@ def tune(
     rows: Annotated[
         int | None, typer.Option(help="Rows of the sample (default: 256; with vLLM's build for GPUs 2,048).", min=2)
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Begin no trial after so long.", min=0)] = 15.0,
+    minutes: Annotated[
+        float, typer.Option(help="Begin no trial after so long; the baseline runs first, three times.", min=0)
+    ] = 15.0,
     model: Annotated[str | None, typer.Option(help="Known name, folder or hub id (default: demo-codegen25).")] = None,
     format: FormatName = None,  # noqa: A002
     engine_arg: Annotated[list[str] | None, typer.Option(help="Part of the baseline, KEY=VALUE; repeatable.")] = None,

@@ -14,7 +14,7 @@ from jobs.lease import check_lease
 from jobs.ledger import Ledger, Report
 from jobs.order import TOKEN_BYTES, cut, grouped, ideal_cached_tokens, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
-from jobs.reader import UnitReader, check_untouched, origins
+from jobs.reader import UnitReader, check_untouched, held_bytes, origins
 from jobs.rows import PromptFacts, facts_of, output_columns, role_values, row_prompts, row_seeds, row_untils, to_samples
 from jobs.score import nothing_scored, score_columns, score_prompts
 from jobs.spec import JobSpec
@@ -22,7 +22,7 @@ from jobs.store import Location, delete, exists, patient
 from jobs.tally import Tally, count, timed
 from jobs.windows import Windows, scored_sample, window_sizes, windows
 from jobs.writer import error_columns, part_writer, passed_through
-from serving.errors import InputChangedError, StorageError
+from serving.errors import InputChangedError, InputError, StorageError
 from serving.formats import Format, Prompt
 from serving.protocol import Request, Result
 
@@ -154,6 +154,8 @@ class UnitWork:
         self._untils += row_untils(self._spec, batch)
         make = score_prompts if self._scores else row_prompts
         prompts = make(self._spec, self._format, self._config.max_model_len, batch)
+        if (too_wide := self._too_wide(batch)) is not None:
+            prompts = [(identity, too_wide) for identity, _ in prompts]
         sources = origins(batch, self._file, self.unit.start + len(self._facts))
         for (identity, prompt), source in zip(prompts, sources, strict=True):
             row = len(self._facts)
@@ -182,6 +184,16 @@ class UnitWork:
                 seen.add(identity)
             key = str(identity) if isinstance(identity, str | int) else f"{source[0]}:{source[1]}"
             self._seeds.append(row_seeds(self._spec, key))
+
+    def _too_wide(self, batch: pa.RecordBatch) -> InputError | None:
+        """Why a row that was read alone is not done: its columns, once for each sample, are too much to hold."""
+        size, n = held_bytes(batch), self._spec.n
+        if self._spec.most_text is None or batch.num_rows > 1 or n * size <= BATCH_BYTES:
+            return None
+        return InputError(
+            f"the row's columns have {size:,} bytes, {n * size:,} with n = {n}, more than {BATCH_BYTES:,}.",
+            remedy="Keep fewer columns (keep_columns), or ask for fewer samples.",
+        )
 
     def groups(self, block_size: int) -> tuple[list[list[list[int]]], list[int]]:
         """What an engine must answer: micro-batches of rows, cut where they share least, in groups that share nothing.

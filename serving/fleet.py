@@ -20,6 +20,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatusOverview
 
 from serving import brood
 from serving.app import DEPLOYMENT, build, place
@@ -36,6 +37,9 @@ KNOCK_SECONDS = 10.0
 LOOK_SECONDS = 2.0
 STATS_SECONDS = 5.0
 DESCRIBE_SECONDS = 60.0
+COUNT_SECONDS = 10.0
+"""How often a job that has joined a fleet counts its replicas."""
+
 QUIET_SECONDS = 30.0
 """A job whose rows have not grown for this long asks whether its engines run."""
 
@@ -181,7 +185,7 @@ def start_serve(*, embedded: bool) -> None:
     serve.start(logging_config={"log_level": "ERROR", "enable_access_log": False}, **options)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fleet:
     """A running application: its name, a handle for calls, its replicas and what their engines are, whose it is.
 
@@ -222,6 +226,20 @@ class Fleet:
         elif now - self.vigil.since > QUIET_SECONDS:
             self._look(now, say)
 
+    def has_grown(self) -> bool:
+        """Whether somebody has started more ``replicas`` of a fleet that was joined; looks now and then."""
+        now = time.monotonic()
+        if self.own or now < self.vigil.next_count:
+            return False
+        self.vigil.next_count = now + COUNT_SECONDS
+        with suppress(RayError):
+            app = serve.status().applications.get(self.name)
+            running = _running(app) if app else 0
+            if running > self.replicas:
+                self.replicas = running
+                return True
+        return False
+
     def _look(self, now: float, say: Callable[[str], None]) -> None:
         try:
             app = serve.status().applications.get(self.name)
@@ -229,7 +247,7 @@ class Fleet:
             say(f"Serve does not answer: {str(error).splitlines()[0]}")
             return
         deployment = app.deployments.get(DEPLOYMENT) if app else None
-        if deployment and deployment.replica_states.get("RUNNING", 0):
+        if app and _running(app):
             self.vigil.down = None
             return
         words = last_words(deployment.message) if deployment else f"the application {self.name} is gone"
@@ -247,11 +265,12 @@ class Fleet:
 
 @dataclass
 class Vigil:
-    """What ``Fleet.watch`` remembers: the rows it saw last, since when, and since when no engine runs."""
+    """What a ``Fleet`` remembers: the rows it saw last, since when, since when no engine runs, when it looks again."""
 
     rows: int = -1
     since: float = 0.0
     next_look: float = 0.0
+    next_count: float = 0.0
     down: float | None = None
 
 
@@ -296,8 +315,14 @@ def _running_fleet(engine: EngineConfig) -> Fleet | None:
         handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
         fingerprint, info = _described(name, handle)
         if fingerprint == engine.fingerprint:
-            return Fleet(name, handle, info, max(1, app.deployments[DEPLOYMENT].replica_states.get("RUNNING", 0)))
+            return Fleet(name, handle, info, max(1, _running(app)))
     return None
+
+
+def _running(app: ApplicationStatusOverview) -> int:
+    """Replicas that can be called."""
+    deployment = app.deployments.get(DEPLOYMENT)
+    return deployment.replica_states.get("RUNNING", 0) if deployment else 0
 
 
 def _described(name: str, handle: DeploymentHandle) -> tuple[str, EngineInfo]:

@@ -370,9 +370,14 @@ class Format:
             return "length"
         return "eom" if stop_token_id == self._end else "eos"
 
-    def watch(self, stop: Sequence[str], until: str | None = None, *, through: bool = False) -> StopWatch:
-        """What tells, a token at a time, from where on ``infill`` would cut everything; ``through`` control tokens."""
-        return StopWatch(self.decode, () if through else self.tokenizer.special_ids, stop, until)
+    def watch(
+        self, stop: Sequence[str], until: str | None = None, *, through: bool = False, least: int = 0
+    ) -> StopWatch:
+        """What tells, a token at a time, from where on ``infill`` would cut everything; ``through`` control tokens.
+
+        Texts that end within the first ``least`` tokens do not count.
+        """
+        return StopWatch(self.decode, () if through else self.tokenizer.special_ids, stop, until, least=least)
 
     def infill(
         self,
@@ -381,10 +386,11 @@ class Format:
         stop_token_id: int | None = None,
         stop: Sequence[str] = (),
         until: str | None = None,
+        least: int = 0,
     ) -> Infill:
         """The text up to the first control token, ``stop`` string or ``until``, the suffix's beginning.
 
-        Broken UTF-8 at the end becomes U+FFFD.
+        Texts that end within the first ``least`` characters do not count. Broken UTF-8 at the end becomes U+FFFD.
         """
         special = self.tokenizer.special_ids
         at = None
@@ -392,5 +398,5 @@ class Format:
             at = next(i for i, token_id in enumerate(token_ids) if token_id in special)
         text = self.decode(token_ids if at is None else token_ids[:at])
         reason = self.finish_reason(stop_token_id if at is None else token_ids[at])
-        cut = find_cut(text, stop, until)
+        cut = find_cut(text, stop, until, least=least)
         return Infill(text[: cut.at], cut.reason) if cut else Infill(text, reason)

@@ -30,15 +30,21 @@ class Cut:
     reason: Literal["stop", "overlap"]
 
 
-def find_cut(text: str, stop: Sequence[str], until: str | None = None) -> Cut | None:
+def find_cut(text: str, stop: Sequence[str], until: str | None = None, *, least: int = 0) -> Cut | None:
     """The earliest place of a ``stop`` string or of ``until``; of two at one place the shorter, then the stop string.
 
-    That is the order in which they are complete where one begins, so the text's growth cannot change the reason.
+    That is the order in which they are complete where one begins, so the text's growth cannot change the reason. What
+    ends within the first ``least`` characters does not count.
     """
-    found = [(at, len(word), Cut(at, "stop")) for word in stop if (at := text.find(word)) >= 0]
-    if until is not None and (at := text.find(until)) >= 0:
+    found = [(at, len(word), Cut(at, "stop")) for word in stop if (at := find_behind(text, word, least)) >= 0]
+    if until is not None and (at := find_behind(text, until, least)) >= 0:
         found.append((at, len(until), Cut(at, "overlap")))
     return min(found, key=lambda match: match[:2])[2] if found else None
+
+
+def find_behind(text: str, word: str, least: int) -> int:
+    """Where the first ``word`` begins that ends behind the first ``least`` characters, or -1."""
+    return text.find(word, max(0, least - len(word) + 1))
 
 
 def suffix_beginning(suffix: str | None) -> str | None:
@@ -93,6 +99,7 @@ class StopWatch:
 
     It is settled by the token that completes a match which no longer match can come before, or by a control token
     (``ended_by_control``), behind which nothing counts. It depends on the tokens alone, not on how many come at a time.
+    A match that ends within the first ``least`` tokens does not count, as in vLLM.
     """
 
     def __init__(
@@ -101,6 +108,8 @@ class StopWatch:
         control: Iterable[int],
         stop: Sequence[str],
         until: str | None = None,
+        *,
+        least: int = 0,
     ) -> None:
         self.count: int | None = None
         self.ended_by_control = False
@@ -108,8 +117,10 @@ class StopWatch:
         self._control = frozenset(control)
         self._words = [*stop, *([until] if until is not None else [])]
         self._longest = max(map(len, self._words), default=0)
+        self._least = least
         self._seen = 0
         self._tail = ""
+        self._needless = 0
 
     def add(self, token_ids: Iterable[int]) -> int | None:
         """Look at the next tokens; returns how many of all are needed once that is settled, until then None."""
@@ -130,9 +141,12 @@ class StopWatch:
 
     def _settled_by(self, new: str) -> bool:
         self._tail += new
-        cut = find_cut(self._tail, self._words)
+        if self._seen <= self._least:
+            self._needless = len(self._tail)
+        cut = find_cut(self._tail, self._words, least=self._needless)
         if cut is None:
-            self._tail = self._tail[max(0, len(self._tail) - self._longest + 1) :]
+            gone = max(0, len(self._tail) - self._longest + 1)
+            self._tail, self._needless = self._tail[gone:], max(0, self._needless - gone)
             return False
         return not any(self._may_begin(place) for place in range(cut.at))
 

@@ -19,7 +19,8 @@ async def stop_watches(request: Request, sampling: Sampling) -> list[StopWatch |
     key = sampling.format, sampling.tokenizer
     # A tokenizer may take seconds to load: not on the engine's event loop.
     fmt = _formats[key] if key in _formats else await asyncio.to_thread(_load, key)
-    return [fmt.watch(sampling.stop, request.until, through=sampling.ignore_eos) for _ in request.seeds]
+    through, least = sampling.ignore_eos, sampling.min_tokens
+    return [fmt.watch(sampling.stop, request.until, through=through, least=least) for _ in request.seeds]
 
 
 def _load(key: tuple[str, str]) -> Format:

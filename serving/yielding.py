@@ -10,8 +10,8 @@ BESIDE = "spanfill_rows_beside"
 """The key of vLLM's ``additional_config`` that says how many batch rows go on while people are served."""
 
 SEATS = 8
-"""One of so many places in an engine's batch is kept free of batch rows, and one of so many blocks of its KV cache:
-whoever comes finds room at once."""
+"""One of so many places in an engine's batch is kept free of batch rows, where there are two; none begins while less
+than one of so many blocks of its KV cache is free."""
 
 STEP_TOKENS = 256
 """Prompt tokens of batch rows that a step computes while nobody is served: whoever comes waits until it has ended.
@@ -34,5 +34,5 @@ def turn(*, people: int, rows: int, beside: int, places: int, is_full: bool = Fa
     ``beside`` rows run at most while people are served. ``places`` is what the engine's batch holds; ``is_full`` says
     that its KV cache has no more room for batch rows.
     """
-    most = beside if people else places - max(1, places // SEATS)
+    most = beside if people else max(1, places - max(1, places // SEATS))
     return Turn(min(rows, beside) if people else rows, 0 if is_full else max(0, most - rows))

@@ -59,7 +59,7 @@ def completion_body(answer: Answer, heading: Heading) -> Completion:
         )
         for index, choice in enumerate(answer.choices)
     ]
-    usage = token_usage(answer.usage)
+    usage = token_usage(answer.usage, knows_cached=False)
     return Completion(
         id=f"cmpl-{heading.id}", created=heading.created, model=heading.model, choices=choices, usage=usage
     )
@@ -78,7 +78,7 @@ def fim_body(answer: Answer, heading: Heading) -> FimCompletion:
     told = FimChoice(
         message=FimMessage(content=choice.text), finish_reason=FINISH[choice.reason], spanfill_reason=choice.reason
     )
-    usage = token_usage(answer.usage)
+    usage = token_usage(answer.usage, knows_cached=False)
     return FimCompletion(
         id=f"fim-{heading.id}", created=heading.created, model=heading.model, choices=[told], usage=usage
     )

@@ -94,13 +94,18 @@ class Shelf:
         with self._database.session() as session:
             left = self._room(session, tenant) - earlier
         if left <= 0:
-            raise self._full()
+            raise self.full()
         return left
+
+    def is_beyond(self, tenant: str, more: int) -> bool:
+        """Whether the tenant stores more than it may, with ``more`` bytes that nobody has counted."""
+        with self._database.session() as session:
+            return _stored(session, tenant) + more > self._most_bytes
 
     def _room(self, session: Session, tenant: str) -> int:
         left = self._most_bytes - _stored(session, tenant)
         if left <= 0:
-            raise self._full()
+            raise self.full()
         if (session.scalar(select(func.count()).where(FileRow.tenant == tenant)) or 0) >= self._most_files:
             raise ForbiddenError(f"The tenant may store {self._most_files:,} files.", remedy="Delete some.")
         return left
@@ -112,7 +117,7 @@ class Shelf:
             with self._database.session(writes=True) as session:
                 take_turns(session, file.tenant)
                 if file.bytes > self._room(session, file.tenant):
-                    raise self._full()
+                    raise self.full()
                 session.add(file)
         except ForbiddenError:
             self.path(file).unlink(missing_ok=True)
@@ -173,9 +178,10 @@ class Shelf:
     def _own(self, tenant: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
         return FileRow.tenant == tenant, FileRow.expires > self._database.clock()
 
-    def _full(self) -> ForbiddenError:
+    def full(self) -> ForbiddenError:
+        """That a tenant has no more room, in words."""
         return ForbiddenError(
-            f"The tenant may store {self._most_bytes:,} bytes, uploads and what its batches and jobs read included.",
+            f"The tenant may store {self._most_bytes:,} bytes: uploads, what its works read, and results.",
             remedy="Delete files or finished jobs, or wait for the end of others.",
         )
 

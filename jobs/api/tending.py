@@ -1,6 +1,7 @@
 """One work that this gateway has claimed: its process is begun, watched and stopped, its results are delivered."""
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from jobs.api.metered import finished_units
 from jobs.api.office import Office
-from jobs.api.order import EXIT_HELD, Cut, Mode, Order, Outcome, Plan, Problem, UnitUsage
+from jobs.api.order import EXIT_HELD, Cut, Mode, Outcome, Plan, Problem, UnitUsage
 from jobs.api.parts import part_files
 from jobs.api.process import WorkProcess
 from jobs.api.queue import Status
@@ -48,7 +49,7 @@ class Tending:
         self._folder = office.shelf.work_folder(work.tenant, work.id)
         self._metered: set[str] = set()
         self._earlier: int | None = None
-        self._makes_way = False
+        self._makes_way = self._is_beyond = False
         self._used = dict.fromkeys(COUNTED, 0)
 
     def run(self) -> None:
@@ -68,7 +69,7 @@ class Tending:
         """Write the order, anew where the server has other engines than when the work began: those are to do it."""
         order = self._office.order(self._work, self._folder)
         if self._folder.order.exists():
-            began = Order.model_validate_json(self._folder.order.read_bytes()).began
+            began = json.loads(self._folder.order.read_bytes())["began"]
             order = order.model_copy(update={"began": began})
         publish_bytes(locate(str(self._folder.order)), order.model_dump_json().encode())
 
@@ -96,12 +97,15 @@ class Tending:
                     renewed = time.monotonic()
                     if mode == "run" and renewed - began >= self._office.config.turn_seconds:
                         self._makes_way = self._makes_way or self._is_due_to_make_way()
-                if self._office.stopping.is_set() or (mode == "run" and (self._makes_way or self._cut_short())):
+                if self._office.stopping.is_set() or (mode == "run" and self._ends_early()):
                     process.stop()
                 time.sleep(POLL_SECONDS)
             return code
         finally:
             process.end()
+
+    def _ends_early(self) -> bool:
+        return self._makes_way or self._is_beyond or self._cut_short() is not None
 
     def _beat(self) -> None:
         """Renew the claim and tell how far the work is; while the database is away the process goes on."""
@@ -110,6 +114,9 @@ class Tending:
             status, told = self._progress()
             size = None if self._is_batch else self._job_bytes()
             self._work = self._office.queue.renew(self._work.id, self._office.holder, status, size=size, **told)
+            if not self._is_batch:
+                more = _bytes_below(self._folder.path) - self._work.bytes
+                self._is_beyond = self._office.shelf.is_beyond(self._work.tenant, more)
         except LeaseLostError:
             raise
         except (SpanfillError, OSError) as error:
@@ -171,6 +178,9 @@ class Tending:
             self._settle(status)
         elif code == EXIT_HELD or self._office.stopping.is_set():
             self._release(HELD_SECONDS if code == EXIT_HELD else 0.0)
+        elif self._is_beyond:
+            self._meter()
+            self._failed(Problem(code="no_room", message=str(self._office.shelf.full()), may_pass=False))
         elif self._makes_way:
             self._meter()
             self._release(0.0, is_last=True)
@@ -273,6 +283,15 @@ class Tending:
             self._office.shelf.remove(self._folder)
         else:
             self._folder.source("job").unlink(missing_ok=True)
+
+
+def _bytes_below(folder: Path) -> int:
+    """Of all files there, those that are being written too."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.lstat().st_size
+    return total
 
 
 def _state(path: Path) -> JobState | None:

@@ -1,9 +1,9 @@
 """The gateway's ASGI application from its parts; it needs neither Ray nor an engine."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, Depends, FastAPI, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -15,8 +15,10 @@ from serving.api.ask import Service
 from serving.api.door import Door
 from serving.api.edge import Edge
 from serving.api.metrics import Metrics
-from serving.api.replies import UNAVAILABLE, WAITS, install, wait_headers
+from serving.api.replies import READ, UNAVAILABLE, WAITS, documented, install, wait_headers
 from serving.engine_args import installed_version
+from serving.errors import ForbiddenError
+from serving.tenants.caller import Caller
 
 DESCRIPTION = (
     "Code infilling and completion in the words of OpenAI's, Mistral's, llama.cpp's and Ollama's clients. "
@@ -49,7 +51,7 @@ def application(
     install(app)
     for dialect in (openai, mistral, llamacpp, ollama):
         app.include_router(dialect.router(service, door))
-    for router in (*routers, _operation(metrics, is_healthy)):
+    for router in (*routers, _operation(metrics, is_healthy, door)):
         app.include_router(router)
     guarded = [route for route in app.routes if _asks(route, door)]
     app.add_middleware(Edge, metrics=metrics, door=door, guarded=guarded, larger=larger)
@@ -61,8 +63,8 @@ def _asks(route: BaseRoute, door: Door) -> bool:
     return isinstance(route, APIRoute) and any(needed.call is door for needed in route.dependant.dependencies)
 
 
-def _operation(metrics: Metrics, is_healthy: Callable[[], bool]) -> APIRouter:
-    """What operators and their machines look at, without a key."""
+def _operation(metrics: Metrics, is_healthy: Callable[[], bool], door: Door) -> APIRouter:
+    """What operators and their machines look at; the figures of all tenants together tell one of two the other's."""
     routes = APIRouter(tags=["Operation"])
 
     none = {"model": Health, "description": "No engine yet.", "headers": WAITS}
@@ -75,9 +77,13 @@ def _operation(metrics: Metrics, is_healthy: Callable[[], bool]) -> APIRouter:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "loading model"}, UNAVAILABLE, wait_headers())
 
-    @routes.get("/metrics", response_class=PlainTextResponse)
-    async def told() -> Response:
-        """Figures in Prometheus' text format."""
+    text = {"description": "The figures.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+
+    @routes.get("/metrics", response_class=Response, responses={200: text, **documented(*READ)})
+    async def told(caller: Annotated[Caller, Depends(door)]) -> Response:
+        """Figures in Prometheus' text format, for admins."""
+        if caller.role != "admin":
+            raise ForbiddenError("Only an admin sees the server's figures.", remedy="Send the key of one.")
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
     return routes

@@ -12,16 +12,21 @@ MOST_CHOICES = 1_024
 
 def check(asks: Sequence[Ask], model: ServedModel, fmt: Format) -> None:
     """Raise ``UsageError`` for what cannot be asked of the model, ``NoInfillError`` where that is an infill."""
+    check_choices(asks)
+    for ask in asks:
+        _check_suffix(ask, model)
+        _check_samples(ask)
+        _check_biases(ask, fmt.tokenizer.vocab_size)
+
+
+def check_choices(asks: Sequence[Ask]) -> None:
+    """Raise ``UsageError`` for more completions than a request, or a line of a batch, may ask for."""
     choices = sum(ask.n for ask in asks)
     if choices > MOST_CHOICES:
         raise UsageError(
             f"the request asks for {choices:,} completions, and {MOST_CHOICES:,} are the most.",
             remedy="Send fewer prompts at a time, or lower n.",
         )
-    for ask in asks:
-        _check_suffix(ask, model)
-        _check_samples(ask)
-        _check_biases(ask, fmt.tokenizer.vocab_size)
 
 
 def _check_suffix(ask: Ask, model: ServedModel) -> None:

@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from ipaddress import ip_address
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import Scope
 
-from serving.errors import AuthenticationError
+from serving.errors import AuthenticationError, ForbiddenError
 from serving.tenants.caller import Caller
 from serving.tenants.terms import NOBODY
 
@@ -31,7 +34,8 @@ class Door:
     """A FastAPI dependency that tells who calls; ``find`` is ``Directory.caller``.
 
     Where ``has_tenants`` is given, it is asked until there are some, in a thread; until then anybody is let in,
-    whatever key is sent: most clients must be given one.
+    whatever key is sent: most clients must be given one. But no browser for a page of elsewhere, which would have the
+    loopback's server at its service: by its ``Origin``, or by a ``Host`` that is no name of this machine.
     """
 
     def __init__(
@@ -53,14 +57,30 @@ class Door:
     async def let_in(self, scope: Scope) -> Caller:
         """Who calls, looked up once a request; raises ``AuthenticationError``, ``DatabaseAwayError``."""
         if CALLER not in scope:
-            scope[CALLER] = OPEN_CALLER if await self._is_open() else await self._find(await _key(Request(scope)))
+            scope[CALLER] = await self._caller(Request(scope))
         caller: Caller = scope[CALLER]
         return caller
+
+    async def _caller(self, request: Request) -> Caller:
+        if not await self._is_open():
+            return await self._find(await _key(request))
+        origin = request.headers.get("origin", "")
+        is_page = origin == "null" or urlsplit(origin).scheme in ("http", "https")
+        if not _is_here(request.url.hostname) or (is_page and not _is_here(urlsplit(origin).hostname)):
+            raise ForbiddenError("web pages of elsewhere are not answered without a key.", remedy=HOW_TO_MAKE_ONE + ".")
+        return OPEN_CALLER
 
     async def _is_open(self) -> bool:
         if self._has_tenants is not None and await asyncio.to_thread(self._has_tenants):
             self._has_tenants = None
         return self._has_tenants is not None
+
+
+def _is_here(host: str | None) -> bool:
+    """Whether a name leads to this machine whoever answers for names: a page may have its own name lead here."""
+    with suppress(ValueError):
+        return ip_address(host or "").is_loopback
+    return host == "localhost"
 
 
 async def _key(request: Request) -> str:

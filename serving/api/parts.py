@@ -37,21 +37,21 @@ class PromptTokensDetails(BaseModel):
 
 
 class TokenUsage(BaseModel):
-    """Tokens of a request, in OpenAI's shape."""
+    """Tokens of a request, in OpenAI's shape; of a line of a batch nobody knows what was cached."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | None
 
 
-def token_usage(usage: Usage) -> TokenUsage:
+def token_usage(usage: Usage, *, knows_cached: bool = True) -> TokenUsage:
     """``usage`` as OpenAI tells it."""
     return TokenUsage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.total_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens) if knows_cached else None,
     )
 
 

@@ -134,7 +134,11 @@ class FleetService:
             for portion in served.portions:
                 for key, result in (await self._results(served, portion)).items():
                     results[key] = _joined_results(results[key], result) if key in results else result
-            return self._answer([c for key, r in enumerate(rendered) for c in self._choices(r, results[key])], served)
+            # The texts of a quarter of a million tokens take seconds: not on the loop that others' tokens come by.
+            made = await asyncio.to_thread(
+                lambda: [choice for key, r in enumerate(rendered) for choice in self._choices(r, results[key])]
+            )
+            return self._answer(made, served)
 
     def _answer(self, choices: Sequence[Choice], served: Served) -> Answer:
         return Answer(tuple(choices), served.usage, served.is_truncated, served.timing, self._prompts(served))
@@ -186,6 +190,7 @@ class FleetService:
             ask.stop,
             offset=offset,
             indent=ask.indent,
+            least=ask.decoding.min_tokens,
             detailed=ask.logprobs is not None,
             through=ask.decoding.ignore_eos,
         )
@@ -196,7 +201,7 @@ class FleetService:
         echoes: list[Piece] = []
         for key, samples in portion.samples.items():
             r, before = served.rendered[key], sum(each.ask.n for each in served.rendered[:key])
-            echo = "".join(token.text for token in self._echo(r))
+            echo = "".join(token.text for token in await asyncio.to_thread(self._echo, r)) if r.ask.echo else ""
             for sample in samples:
                 if echo:
                     echoes.append(Piece(before + sample, echo))

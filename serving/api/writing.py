@@ -7,7 +7,7 @@ from serving.api.ask import Piece, Reason, Token
 from serving.api.margin import Margin
 from serving.formats import Format
 from serving.protocol import Alternatives, Growth
-from serving.stopping import GrowingText, find_cut
+from serving.stopping import GrowingText, find_behind, find_cut
 
 REASONS: dict[str, Reason] = {"eom": "eom", "eos": "eos", "length": "length", "stop": "stop"}
 
@@ -16,8 +16,8 @@ class Writing:
     """Makes pieces of what the engine tells of choice ``index``; together they are what ``Format.infill`` would give.
 
     ``through`` writes on behind control tokens, for whoever asked to ignore the end. ``offset`` is where the choice's
-    text begins, behind an echoed prompt; it may end at a line that less than ``indent`` blanks begin. ``tokens`` are
-    told when ``detailed``.
+    text begins, behind an echoed prompt; it may end at a line that less than ``indent`` blanks begin. Stop strings
+    within the first ``least`` tokens end nothing. ``tokens`` are told when ``detailed``.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class Writing:
         *,
         offset: int = 0,
         indent: int = 0,
+        least: int = 0,
         detailed: bool = False,
         through: bool = False,
     ) -> None:
@@ -38,6 +39,8 @@ class Writing:
         self._stop = tuple(stop)
         self._offset = offset
         self._margin = Margin(indent)
+        self._least = least
+        self._needless = 0
         self._detailed = detailed
         self._control = frozenset() if through else fmt.tokenizer.special_ids
         self._growing = GrowingText(fmt.decode)
@@ -71,6 +74,8 @@ class Writing:
             return
         start = len(self.text)
         self.text += self._growing.add(token_id)
+        if len(self._ids) <= self._least:
+            self._needless = len(self.text)
         if self._detailed:
             logprob = growth.logprobs[place] if growth.logprobs else None
             likely = growth.alternatives[place] if growth.alternatives else ()
@@ -79,7 +84,7 @@ class Writing:
 
     def _settled(self) -> int:
         """Characters that no stop string can take back: none that is there, and none that may yet turn out to be."""
-        cut = find_cut(self.text, self._stop)
+        cut = find_cut(self.text, self._stop, least=self._needless)
         end = len(self.text) if cut is None else cut.at
         longest = max(map(len, self._stop), default=1)
         places = range(max(self._sent, len(self.text) - longest + 1), end)
@@ -89,17 +94,19 @@ class Writing:
     def _end(self, stop_token_id: int | None) -> Piece:
         if not self._control and stop_token_id is None:
             text, reason = self._format.decode(self._ids), "length"
-            if (cut := find_cut(text, self._stop)) is not None:
+            if (cut := find_cut(text, self._stop, least=self._needless)) is not None:
                 text, reason = text[: cut.at], "stop"
         else:
-            infill = self._format.infill(self._ids, stop_token_id=stop_token_id, stop=self._stop)
+            fmt, least = self._format, self._needless
+            infill = fmt.infill(self._ids, stop_token_id=stop_token_id, stop=self._stop, least=least)
             text, reason = infill.text, infill.finish_reason
         word = self._word() if reason == "stop" else ""
         return self._last(text, REASONS[reason], word)
 
     def _word(self) -> str:
         """The stop string that comes first; of two at one place the shorter."""
-        found = [(at, len(word), word) for word in self._stop if (at := self.text.find(word)) >= 0]
+        places = ((find_behind(self.text, word, self._needless), word) for word in self._stop)
+        found = [(at, len(word), word) for at, word in places if at >= 0]
         return min(found)[2] if found else ""
 
     def _last(self, text: str, reason: Reason, word: str = "") -> Piece:

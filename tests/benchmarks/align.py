@@ -8,8 +8,9 @@ them, drawn, as ``--rows`` holds whole. With ``--inputs`` they are the very rows
 the model has mostly seen; of a longer gap its first 256 tokens are scored. At each alignment the same rows go through
 ``run_job`` on the real engine, all alignments in turn once a round; rates are medians of the rounds. Quality: exact
 matches and ``<eom>`` of greedy infills, and bits per byte of the true line by transformers in float32, given the very
-prompts. Differences of exact matches and bits are taken row by row against the first alignment and stand with their
-standard error.
+prompts. Whether ``<eom>`` is right can be told where the true text would end within the tokens that are generated:
+``eom due`` is its share of those rows. Differences of exact matches, of ``eom due`` and of bits are taken row by row
+against the first alignment and stand with their standard error.
 """
 
 import math
@@ -38,7 +39,7 @@ MAX_TOKENS = 48
 MOST_SCORED = 256
 FEWEST_CHARS = 8_000
 ROWS = 520
-COLUMNS = ("rows/s", "ideal", "reached", "prompt tokens", "exact match", "eom", "bits/byte")
+COLUMNS = ("rows/s", "ideal", "reached", "prompt tokens", "exact match", "eom", "eom due", "bits/byte")
 
 Row = dict[str, str]
 
@@ -65,11 +66,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class Line:
-    """One alignment: its runs' manifests; of each row, whether the infill is exact, its line's bits and bytes."""
+    """One alignment: its runs' manifests; of each row, whether the infill is exact, its line's bits and bytes.
+
+    ``ended``, of the rows whose true text would have had room: whether the infill ended by itself.
+    """
 
     align: int
     manifests: list[dict[str, Any]]
     exact: list[bool]
+    ended: list[bool]
     bits: list[float]
     sizes: list[int]
 
@@ -104,24 +109,28 @@ def measure(rows: list[Row], aligns: Sequence[int], rounds: int, tell: Callable[
     lines: dict[int, Line] = {}
     for _ in range(rounds):
         for align in aligns:
-            manifest, exact = infill(rows, align)
+            manifest, exact, ended = infill(rows, align)
             if align in lines:
                 lines[align].manifests.append(manifest)
             else:
-                lines[align] = Line(align, [manifest], exact, *bits(rows, align))
+                lines[align] = Line(align, [manifest], exact, ended, *bits(rows, align))
             tell(list(lines.values()))
     return list(lines.values())
 
 
-def infill(rows: list[Row], align: int) -> tuple[dict[str, Any], list[bool]]:
-    """The job's manifest, and of each row whether its infill is the true line but for blanks around it."""
+def infill(rows: list[Row], align: int) -> tuple[dict[str, Any], list[bool], list[bool]]:
+    """The job's manifest; of each row whether its infill is the true line but for blanks around it; ``Line.ended``."""
     with tempfile.TemporaryDirectory(prefix="spanfill-align-") as folder:
         source, output = Path(folder, "rows.parquet"), Path(folder, "out")
         pq.write_table(pa.Table.from_pylist(rows), source)
         spec = JobSpec(input=str(source), output=str(output), model=MODEL, max_tokens=MAX_TOKENS, prefix_align=align)
         manifest = run_job(spec)
-        infills = pq.read_table(output / "data")["infill"].to_pylist()
-    return manifest, [found.strip() == row["middle"].strip() for found, row in zip(infills, rows, strict=True)]
+        table = pq.read_table(output / "data", columns=["infill", "finish_reason"])
+    encode = load_format("codegen25").tokenizer.encode
+    pairs = list(zip(table.to_pylist(), rows, strict=True))
+    exact = [found["infill"].strip() == row["middle"].strip() for found, row in pairs]
+    ended = [found["finish_reason"] == "eom" for found, row in pairs if len(encode(row["middle"])) < MAX_TOKENS]
+    return manifest, exact, ended
 
 
 def bits(rows: list[Row], align: int) -> tuple[list[float], list[int]]:
@@ -150,6 +159,7 @@ def told(line: Line, base: Line) -> dict[str, Any]:
     size = statistics.mean(line.sizes)
     gap, error = gap_of(line.bits, base.bits)
     exact_gap, exact_error = gap_of(line.exact, base.exact)
+    ended_gap, ended_error = gap_of(line.ended, base.ended) if line.ended else (0.0, 0.0)
     return {
         "align": line.align,
         "rows/s": statistics.median(rates),
@@ -162,6 +172,10 @@ def told(line: Line, base: Line) -> dict[str, Any]:
         "exact match gap": exact_gap,
         "exact match gap error": exact_error,
         "eom": manifest["finish_reasons"].get("eom", 0) / manifest["rows"],
+        "eom due": statistics.mean(line.ended) if line.ended else 0.0,
+        "eom due rows": len(line.ended),
+        "eom due gap": ended_gap,
+        "eom due gap error": ended_error,
         "bits/byte": statistics.mean(line.bits) / size,
         "bits/byte gap": gap / size,
         "bits/byte gap error": error / size,
@@ -185,12 +199,12 @@ def table_of(cut: Cut, lines: list[Line]) -> dict[str, Any]:
 def shown(table: dict[str, Any]) -> Table:
     """One table for people."""
     base = table["lines"][0]["align"]
-    gaps = (f"exact against {base}", f"bits/byte against {base}")
+    gaps = tuple(f"{name} against {base}" for name in ("exact", "eom due", "bits/byte"))
     found = Table("align", *COLUMNS, *gaps, title=table["title"])
     for line in table["lines"]:
         values = [f"{line[name]:.3f}" for name in ("ideal", "reached")]
         values += [f"{line['prompt tokens']:.0f}"] + [f"{line[name]:.3f}" for name in COLUMNS[4:]]
-        for name in ("exact match", "bits/byte"):
+        for name in ("exact match", "eom due", "bits/byte"):
             values.append(f"{line[f'{name} gap']:+.4f} ± {line[f'{name} gap error']:.4f}")
         found.add_row(str(line["align"]), f"{line['rows/s']:.1f}", *values)
     return found

@@ -14,13 +14,27 @@ from jobs.runner import route_of
 from jobs.spec import JobSpec
 from serving.batching import Scheduler, Sequence
 from serving.config import RooflineConfig
-from serving.protocol import BATCH_PRIORITY
+from serving.protocol import BATCH_PRIORITY, EngineInfo
 
 H100 = RooflineConfig()
 """CodeGen2.5-7B in bfloat16 at its roofline."""
 
 DEFAULTS = JobSpec(input="", output="", engine="simulated")
 """What a job does by itself."""
+
+
+def _described(roofline: RooflineConfig) -> EngineInfo:
+    return EngineInfo(
+        kind="simulated",
+        model="",
+        max_model_len=0,
+        max_num_seqs=roofline.max_num_seqs,
+        block_size=roofline.block_size,
+        kv_cache_tokens=roofline.kv_cache_tokens,
+        device="simulated",
+        versions={},
+        settings={},
+    )
 
 
 @dataclass(frozen=True)
@@ -95,10 +109,12 @@ class Study:
         seed: int = 0,
     ) -> None:
         spec = DEFAULTS.model_copy(update={"feeders": feeders})
-        route, _ = route_of(len(speeds), roofline.max_num_seqs, roofline.block_size, spec)
-        calls = max(1, round(route.window * window))
+        route, _ = route_of(len(speeds), _described(roofline), spec)
+        calls, room = max(1, round(route.window * window)), route.room * window
         self.now = 0.0
-        self._lanes = [Lanes(route.replicas, calls, spec.batch_rows, clock=lambda: self.now) for _ in range(feeders)]
+        self._lanes = [
+            Lanes(route.replicas, calls, spec.batch_rows, room=room, clock=lambda: self.now) for _ in range(feeders)
+        ]
         self._replicas = [_Replica(speed, Scheduler(roofline)) for speed in speeds]
         self._deal, self._feed, self._call, self._max_tokens = deal, feed, call, max_tokens
         self._dealt: dict[int, Dealt] = {}

@@ -89,14 +89,26 @@ def _unshared(rows: int, unit_rows: int, long: float, seed: int = 1) -> Callable
 
 
 def study(
-    replicas: int, seconds: float, *, feed: float, call: float, slowest: float, long: float = 0.0, feeders: int = 2
+    replicas: int,
+    seconds: float,
+    *,
+    feed: float,
+    call: float,
+    slowest: float,
+    long: float = 0.0,
+    feeders: int = 2,
+    places: int = H100.max_num_seqs,
 ) -> dict[str, Any]:
-    """``replicas`` engines with work for about ``seconds`` of the study's clock, each feeder with lanes of its own."""
+    """``replicas`` engines with work for about ``seconds`` of the study's clock, each feeder with lanes of its own.
+
+    ``places`` is the engines' ``max_num_seqs``, of which their KV cache holds some 170.
+    """
     speeds = [1.0 - (1.0 - slowest) * number / max(1, replicas - 1) for number in range(replicas)]
     load = Load(PROMPT_TOKENS + long * (LONG_TOKENS - PROMPT_TOKENS), OUTPUT_TOKENS)
     rows, unit_rows = _rows(load, seconds, sum(speeds)), DEFAULTS.rows_per_part
     deal = _unshared(rows, unit_rows, long)
-    made = Study(speeds, deal, feed=feed, call=call, max_tokens=MAX_TOKENS, feeders=feeders)
+    roofline = H100.model_copy(update={"max_num_seqs": places})
+    made = Study(speeds, deal, feed=feed, call=call, max_tokens=MAX_TOKENS, feeders=feeders, roofline=roofline)
     told = made.run([min(unit_rows, rows - start) for start in range(0, rows, unit_rows)])
     return {
         "engines": f"{replicas} in a study",
@@ -108,6 +120,7 @@ def study(
         "slowest": slowest,
         "long": long,
         "feeders": feeders,
+        "places": places,
     }
 
 
@@ -136,12 +149,15 @@ def main() -> None:
         "--slowest", type=share_above_zero, default=1.0, help="speed of the slowest engine of the study"
     )
     parser.add_argument("--long", type=share, default=0.0, help="share of rows with long prompts in the study")
+    parser.add_argument(
+        "--places", type=positive, default=H100.max_num_seqs, help="rows in a batch of the study's"
+    )
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     if not asked.replicas and not asked.study:
         parser.error("nothing to measure: give --replicas, --study, or both")
     check_files(parser, asked.json, None)
-    options = {name: getattr(asked, name) for name in ("feed", "call", "slowest", "long", "feeders")}
+    options = {name: getattr(asked, name) for name in ("feed", "call", "slowest", "long", "feeders", "places")}
     lines = [measure(count, asked.seconds, asked.feeders) for count in asked.replicas]
     lines += [study(count, asked.seconds, **options) for count in asked.study]
     console().print(shown(lines))

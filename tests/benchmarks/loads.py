@@ -30,7 +30,7 @@ from jobs.bench import write_rows
 from jobs.status import read_status
 from serving.app import APP, DEPLOYMENT
 from serving.protocol import EngineStats
-from tests.benchmarks.output import above_zero, check_files, console, parser_of, positive, publish_json
+from tests.benchmarks.output import above_zero, check_files, console, origin, parser_of, positive, publish_json
 from tests.benchmarks.people import Taken, make_load, send
 from tests.server import Server, joined, running_server
 
@@ -234,7 +234,7 @@ def main() -> int:
         table.add_row(name, told)
     console().print(table)
     if options.json:
-        publish_json(options.json, found)
+        publish_json(options.json, origin("loads") | found)
     return 0
 
 

@@ -21,8 +21,10 @@ def manifest(rate: float) -> dict[str, Any]:
     return shares | {"rows_per_second": rate, "rows": 2, "prompt_tokens": 20, "truncated": 2}
 
 
-BASE = Line(64, [manifest(2.0), manifest(4.0), manifest(9.0)], [True, False, True], [8.0, 8.0, 8.0], [4, 4, 4])
-LINE = Line(256, [manifest(5.0)], [False, False, True], [12.0, 8.0, 10.0], [4, 4, 4])
+BASE = Line(
+    64, [manifest(2.0), manifest(4.0), manifest(9.0)], [True, False, True], [True, True], [8.0, 8.0, 8.0], [4, 4, 4]
+)
+LINE = Line(256, [manifest(5.0)], [False, False, True], [True, False], [12.0, 8.0, 10.0], [4, 4, 4])
 
 
 @pytest.mark.parametrize(("spans", "files"), [(20, 13), (100, 5)])
@@ -61,13 +63,14 @@ def test_a_line_tells_its_differences_and_their_errors() -> None:
     assert line["bits/byte gap error"] == pytest.approx(2 / 3**0.5 / 4)
     assert line["exact match gap"] == pytest.approx(-1 / 3)
     assert line["exact match gap error"] == pytest.approx(1 / 3)
+    assert (line["eom due"], line["eom due rows"], line["eom due gap"]) == (0.5, 2, -0.5)
     assert told(BASE, BASE)["rows/s"] == 4.0
     assert told(BASE, BASE)["rates"] == [2.0, 4.0, 9.0]
 
 
 def test_the_table_names_its_base_and_is_legible_where_it_is_redirected() -> None:
     stream = io.StringIO()
-    Console(file=stream, width=150).print(shown(table_of(cut_rows(20, 40), [BASE, LINE])))
+    Console(file=stream, width=200).print(shown(table_of(cut_rows(20, 40), [BASE, LINE])))
     text = stream.getvalue()
     for words in ("20 spans a file, 2 files, 40 rows", "bits/byte against 64", "+0.5000 ± 0.2887", "-0.3333 ± 0.3333"):
         assert words in text
@@ -76,9 +79,9 @@ def test_the_table_names_its_base_and_is_legible_where_it_is_redirected() -> Non
 def test_alignments_take_turns_and_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
-    def infill(rows: list[dict[str, str]], at: int) -> tuple[dict[str, Any], list[bool]]:
+    def infill(rows: list[dict[str, str]], at: int) -> tuple[dict[str, Any], list[bool], list[bool]]:
         calls.append(f"run {at}")
-        return manifest(1.0), [True]
+        return manifest(1.0), [True], []
 
     def bits(rows: list[dict[str, str]], at: int) -> tuple[list[float], list[int]]:
         calls.append(f"score {at}")
@@ -98,10 +101,10 @@ def test_what_was_measured_is_on_disk_after_every_run(monkeypatch: pytest.Monkey
     options = ["--rows", "40", "--spans", "20", "--align", "1", "64", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", ["align", *options])
 
-    def infill(rows: list[dict[str, str]], at: int) -> tuple[dict[str, Any], list[bool]]:
+    def infill(rows: list[dict[str, str]], at: int) -> tuple[dict[str, Any], list[bool], list[bool]]:
         if at == 64:
             raise KeyboardInterrupt
-        return manifest(1.0), [True] * len(rows)
+        return manifest(1.0), [True] * len(rows), []
 
     monkeypatch.setattr(align, "infill", infill)
     monkeypatch.setattr(align, "bits", lambda rows, at: ([1.0] * len(rows), [1] * len(rows)))

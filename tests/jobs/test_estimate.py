@@ -23,10 +23,10 @@ from tests.jobs.conftest import JobFolder
 USAGE = 2
 KEYS = {
     *("model", "parameters", "rows", "sampled_rows", "stretches", "prompt_tokens_mean", "prompt_tokens_p50"),
-    *("prompt_tokens_p90", "prompt_tokens_p99", "prompt_tokens_max", "truncated_share", "error_share", "block_size"),
-    *("cached_share", "cached_share_cpu", "cached_share_all", "cached_share_all_cpu", "order", "output_tokens"),
-    *("output_tokens_from", "stop_share", "fraction", "replicas", "tensor_parallel_size", "gpus", "calibration"),
-    *("calibrated",),
+    *("prompt_tokens_p90", "prompt_tokens_p99", "prompt_tokens_max", "truncated_share", "error_share", "twin_share"),
+    *("block_size", "cached_share", "cached_share_cpu", "cached_share_all", "cached_share_all_cpu", "order"),
+    *("output_tokens", "output_tokens_from", "stop_share", "fraction", "replicas", "tensor_parallel_size", "gpus"),
+    *("calibration", "calibrated"),
 }
 LINE_KEYS = {
     *("gpu", "precision", "fits", "why", "batch", "bound_rows_per_second", "steady_rows_per_second"),
@@ -73,6 +73,21 @@ def test_a_prediction_is_of_the_bound_and_never_beyond_the_steady_rate(plan: Cal
     assert line["predicted_rows_per_second"] == pytest.approx(0.05 * line["bound_rows_per_second"])
     (line, *_) = json.loads(plan(*options, "--fraction", 1).stdout)["gpus"]
     assert line["predicted_rows_per_second"] == line["steady_rows_per_second"] < 0.9 * line["bound_rows_per_second"]
+
+
+@pytest.mark.parametrize(("options", "count"), [([], 20), (["--order", "global"], 10)])
+def test_equal_prompts_are_planned_once_where_a_job_generates_them_once(
+    spanfill: Command, write_rows: WriteRows, options: list[str], count: int
+) -> None:
+    rows = write_rows(prefix=[f"{'alpha beta gamma ' * 80}{i % 10}" for i in range(40)])
+    told = [
+        json.loads(spanfill("plan", "--input", path, "--rows-per-part", 20, *options, "--json").stdout)
+        for path in (rows, write_rows("once.parquet", prefix=[f"{'alpha beta gamma ' * 80}{i}" for i in range(40)]))
+    ]
+    assert [each["twin_share"] for each in told] == [1 - count / 40, 0]
+    (line, *_), (other, *_) = (each["gpus"] for each in told)
+    rates = [each["predicted_rows_per_second"] for each in (line, other)]
+    assert line["hours"] * rates[0] == pytest.approx(other["hours"] * rates[1] * count / 40)
 
 
 def test_gathered_rows_share_what_the_whole_sample_shares(write_rows: WriteRows) -> None:
@@ -243,7 +258,9 @@ def test_a_finished_job_gives_its_output_tokens_and_its_machine(
     assert (done.code, f"not {'demo-codegen25'}" in done.stderr) == (USAGE, True), done.stderr
     told = json.loads(spanfill(*options, "--like", clean.output, "--calibrate", clean.output).stdout)
     assert told["calibrated"]["gpu"] == str(clean.output)
-    assert told["calibrated"]["predicted_rows_per_second"] == pytest.approx(50, rel=0.1)
+    generated = 1 - manifest["tally"]["twins"] / manifest["tally"]["rows"]
+    assert generated < 1
+    assert told["calibrated"]["predicted_rows_per_second"] == pytest.approx(50 * generated, rel=0.1)
     assert isinstance(Calibration(**told["calibration"]), Calibration)
     job = observe(str(clean.output))
     assert job.output_tokens == pytest.approx(told["output_tokens"] + told["stop_share"])

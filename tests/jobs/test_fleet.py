@@ -18,6 +18,13 @@ def test_eight_of_unequal_speed_end_within_2_percent_of_two_minutes() -> None:
     assert told["busy_share"] > 0.97
 
 
+def test_more_places_than_the_cache_has_room_for_change_nothing() -> None:
+    """vLLM's own 1,024 on such a GPU: what waits in an engine cannot be dealt anew at the end."""
+    told = study(8, 60.0, feed=5_000.0, call=0.02, slowest=0.25, feeders=1, places=1_024)
+    assert told["ends within"] < 0.06
+    assert told["of steady"] > 0.96
+
+
 @pytest.mark.parametrize("wrong", [["--slowest", "3"], ["--slowest", "0"], ["--study", "0"], []])
 def test_what_makes_no_fleet_is_refused(
     wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

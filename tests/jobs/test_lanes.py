@@ -38,7 +38,7 @@ def test_every_row_is_taken_once_whoever_asks(
         if ticket is not None:
             taken[ticket.unit] += ticket.rows
             flying.append(ticket)
-            assert sum(t.lane == lane for t in flying) <= 4 * window
+            assert sum(t.places for t in flying if t.lane == lane) < (4 * window + 1) * 8
             idle = 0
         elif flying:
             done = flying.pop(data.draw(st.integers(0, len(flying) - 1)))
@@ -72,6 +72,44 @@ def test_the_window_bounds_what_is_in_flight_and_follows_the_engines_queue() -> 
     assert lanes.take(0) is None
     lanes.settle(second, answered=True, waiting=100)
     assert lanes.take(0) is None, "much waited: two are enough"
+
+
+def test_small_calls_fill_a_window_as_well() -> None:
+    lanes = Lanes(1, 2, 8)
+    for unit in range(30):
+        lanes.add(unit, [[[0, 1]]], [1.0, 1.0])
+    taken = list(iter(lambda: lanes.take(0), None))
+    assert len(taken) == 8, "16 rows, two of each unit"
+    lanes.settle(taken[0], answered=True)
+    assert lanes.take(0)
+    assert lanes.take(0) is None
+
+
+@pytest.mark.parametrize(("room", "calls"), [(1_000_000.0, 10), (200.0, 5), (1.0, 2)])
+def test_windows_begin_no_larger_than_there_is_room_for(room: float, calls: int) -> None:
+    lanes = Lanes(2, 10, 4, room=room)
+    lanes.add(0, groups_of([[4]] * 100), [10.0] * 400)
+    for lane in (0, 1):
+        assert len(list(iter(lambda lane=lane: lanes.take(lane), None))) == calls  # type: ignore[misc]
+    lanes.widen(3)
+    assert len(list(iter(lambda: lanes.take(2), None))) == calls
+
+
+def test_lanes_that_come_later_take_from_the_others() -> None:
+    lanes = Lanes(1, 2, 4)
+    lanes.add(0, groups_of([[4] * 10]), EVEN)
+    first = [lanes.take(0), lanes.take(0)]
+    assert lanes.take(0) is None
+    lanes.widen(2)
+    assert len(lanes) == 2
+    later = [lanes.take(1), lanes.take(1)]
+    assert [ticket.rows[0] for ticket in [*first, *later] if ticket] == [0, 4, 36, 32]
+    lanes.add(1, groups_of([[4], [4]], first=0), EVEN)
+    assert lanes.drop(0) == 24
+    for ticket in [*first, *later]:
+        assert ticket
+        lanes.settle(ticket, answered=True)
+    assert [taken.unit for lane in (0, 1) if (taken := lanes.take(lane))] == [1, 1]
 
 
 def test_a_fast_engine_gets_several_micro_batches_in_one_call() -> None:
@@ -132,6 +170,13 @@ def test_an_input_in_its_own_order_is_dealt_by_stretches() -> None:
     lanes.add(0, [[[row, row + 1] for row in range(0, 16, 2)]], [1.0, 9.0] * 8)
     taken = [[row for _ in range(2) if (t := lanes.take(lane)) for row in t.rows] for lane in (0, 1)]
     assert sorted(taken) == [list(range(8)), list(range(8, 16))]
+
+
+def test_a_group_whose_end_is_heavier_is_worked_off_from_there() -> None:
+    lanes = Lanes(1, 100, 4)
+    lanes.add(0, groups_of([[4] * 5]), [1.0] * 16 + [9.0] * 4)
+    taken = [ticket.rows for _ in range(5) if (ticket := lanes.take(0))]
+    assert taken == [[at, at + 1, at + 2, at + 3] for at in (16, 12, 8, 4, 0)]
 
 
 def test_a_lane_begins_with_its_heaviest_rows() -> None:

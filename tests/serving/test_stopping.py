@@ -13,7 +13,7 @@ from serving.config import EngineConfig
 from serving.formats import Format, load_format
 from serving.protocol import Completion, Request, Sampling
 from serving.simulated import SimulatedEngine
-from serving.stopping import Cut, GrowingText, StopWatch, find_cut, suffix_beginning
+from serving.stopping import Cut, GrowingText, StopWatch, find_behind, find_cut, suffix_beginning
 from serving.watching import clip
 
 CODEGEN = load_format("codegen25")
@@ -47,13 +47,20 @@ def watched(watch: StopWatch, ids: Sequence[int], sizes: Sequence[int]) -> int |
     return watch.count
 
 
-def naive_count(fmt: Format, ids: list[int], words: list[str]) -> int | None:
+def text_of(ids: Sequence[int]) -> str:
+    """What so many tokens have settled."""
+    growing = GrowingText(CODEGEN.decode)
+    return "".join(growing.add(token_id) for token_id in ids)
+
+
+def naive_count(fmt: Format, ids: list[int], words: list[str], least: int = 0) -> int | None:
     """The shortest beginning whose text, characters cut off aside, holds a match that none can come before."""
     for count in range(1, len(ids) + 1):
         if ids[count - 1] in fmt.tokenizer.special_ids:
             return count
         text = fmt.tokenizer.decode(ids[:count]).rstrip("\ufffd")
-        matches = [at for word in words if (at := text.find(word)) >= 0]
+        needless = len(text_of(ids[: min(least, count)]))
+        matches = [at for word in words if (at := find_behind(text, word, needless)) >= 0]
         begun = [p for p in range(len(text)) if any(w != text[p:] and w.startswith(text[p:]) for w in words)]
         if matches and not any(p < min(matches) for p in begun):
             return count
@@ -61,13 +68,13 @@ def naive_count(fmt: Format, ids: list[int], words: list[str]) -> int | None:
 
 
 @settings(deadline=None)
-@given(completions(), st.lists(st.integers(0, 5), max_size=10))
+@given(completions(), st.lists(st.integers(0, 5), max_size=10), st.integers(0, 20))
 def test_a_watch_settles_at_the_first_token_that_can_settle_it(
-    drawn: tuple[list[int], list[str], str | None], sizes: list[int]
+    drawn: tuple[list[int], list[str], str | None], sizes: list[int], least: int
 ) -> None:
     ids, stop, until = drawn
-    found = watched(CODEGEN.watch(stop, until), ids, sizes)
-    assert found == naive_count(CODEGEN, ids, [*stop, *([until] if until else [])])
+    found = watched(CODEGEN.watch(stop, until, least=least), ids, sizes)
+    assert found == naive_count(CODEGEN, ids, [*stop, *([until] if until else [])], least)
 
 
 @settings(deadline=None)

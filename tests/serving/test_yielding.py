@@ -16,7 +16,7 @@ COUNT = st.integers(0, 300)
 MakeSequence = Callable[..., Sequence]
 
 
-@given(people=COUNT, rows=COUNT, beside=st.integers(0, 16), places=st.integers(2, 256), is_full=st.booleans())
+@given(people=COUNT, rows=COUNT, beside=st.integers(0, 16), places=st.integers(1, 256), is_full=st.booleans())
 def test_rows_beside_people_never_exceed_what_they_may(
     people: int, rows: int, beside: int, places: int, is_full: bool
 ) -> None:
@@ -27,7 +27,7 @@ def test_rows_beside_people_never_exceed_what_they_may(
         assert now.going + now.beginning <= max(rows and now.going, beside)
     else:
         assert now.going == rows
-        assert rows + now.beginning <= max(rows, places - 1)
+        assert rows + now.beginning <= max(rows, places - 1, 1)
 
 
 def scheduler(beside: int | None, **told: int) -> Scheduler:
@@ -101,6 +101,14 @@ def test_a_place_is_kept_free_for_whoever_comes(sequence: MakeSequence) -> None:
     plan.add(person, INTERACTIVE_PRIORITY)
     steps(plan, 1)
     assert person.done.done()
+
+
+def test_an_engine_of_one_place_serves_jobs_too(sequence: MakeSequence) -> None:
+    plan = scheduler(beside=1, max_num_seqs=1)
+    row = sequence(left=3)
+    plan.add(row, BATCH_PRIORITY)
+    steps(plan, 3)
+    assert row.done.done()
 
 
 def test_a_row_waits_until_nobody_is_served(sequence: MakeSequence) -> None:

@@ -26,10 +26,7 @@ class _Start(Watcher):
 
 
 def run_spanfill(rows: list[Row], setting: Setting, *, align: int) -> Measured:
-    """Run the job on the Parquet file of the rows; its busy seconds are those in which its engine had rows.
-
-    The manifest's ``running_seconds`` hold the writing of the last part besides, when no engine works any more.
-    """
+    """Run the job on the Parquet file of the rows; busy from the moment its engine is up to the last part written."""
     start = _Start()
     with tempfile.TemporaryDirectory(prefix="spanfill-peers-") as folder:
         manifest = run_job(_spec(setting, Path(folder, "out"), align), watcher=start)
@@ -39,7 +36,7 @@ def run_spanfill(rows: list[Row], setting: Setting, *, align: int) -> Measured:
     order = prefix_order([sort_key(prompt) for prompt in prompts])
     return Measured(
         start.seconds,
-        manifest["running_seconds"] * manifest["engines"].get("busy_share", 1.0),
+        manifest["running_seconds"],
         [prompts[row] for row in order],
         outputs,
         manifest["cached_tokens"],

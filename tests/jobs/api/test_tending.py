@@ -102,6 +102,20 @@ def test_parts_of_a_job_that_runs_count_as_stored(office: Office) -> None:
     assert office.shelf.room("acme") == 1 << 18
 
 
+def test_a_job_ends_whose_files_are_more_than_its_tenant_may_store(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = queued(office, "job")
+    being_written = office.shelf.work_folder("acme", work.id).results() / "data" / ".part-00000.tmp"
+    being_written.parent.mkdir(parents=True)
+    being_written.write_bytes(bytes(1 << 19))
+    assert tended(office).status == "in_progress"
+    being_written.write_bytes(bytes(1 << 20))
+    ended = tended(office)
+    assert (ended.status, ended.told["problem"]["code"]) == ("failed", "no_room")
+    assert "may store 1,048,576 bytes" in ended.told["problem"]["message"]
+
+
 def test_a_job_that_gets_on_in_between_is_tried_again(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     queued(office, "job")
     monkeypatch.setattr(tending, "finished_units", one_more_each_time())

@@ -230,6 +230,13 @@ def test_lines_of_too_many_ways_to_decode_fail_alone(folder: WorkFolder, monkeyp
     assert "decoded in 3 ways already" in refusals(folder)["4"]
 
 
+def test_a_line_that_asks_for_too_many_completions_fails_alone(folder: WorkFolder) -> None:
+    many = ask("many", prompt=["a"] * 128, n=9, temperature=1)
+    plan = translated(folder, jsonl(ask("one"), many))
+    assert (plan.errors, plan.asking) == ((), 1)
+    assert "asks for 1,152 completions" in refusals(folder)["many"]
+
+
 def test_a_plan_survives_its_file(folder: WorkFolder) -> None:
     plan = translated(folder, jsonl(ask("a", stop=["b", "a", "b"]), {"custom_id": "x"}))
     assert plan.errors

@@ -15,14 +15,14 @@ from serving.tenants.caller import Caller
 from tests.serving.api.house import House
 
 KEY = {"Authorization": "Bearer right"}
-OPERATION = ("/health", "/metrics")
+OPERATION = ("/health",)
 
 
 async def find(key: str) -> Caller:
-    """One key is known."""
-    if key != "right":
+    """Two keys are known, one of an admin."""
+    if key not in ("right", "admin"):
         raise AuthenticationError("the key is not valid.", remedy="Send another.")
-    return Caller("acme", "k1")
+    return Caller("acme", "k1", role="admin" if key == "admin" else "user")
 
 
 def app_of(*, healthy: bool = True) -> FastAPI:
@@ -63,10 +63,11 @@ def test_a_text_behind_the_gap_that_is_too_long_is_named_with_what_there_is_room
     assert "max_tokens" not in message
 
 
-def test_metrics_are_prometheus() -> None:
+def test_metrics_are_prometheus_and_for_admins() -> None:
     client = TestClient(app_of())
     client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers=KEY)
-    answer = client.get("/metrics")
+    assert client.get("/metrics", headers=KEY).status_code == 403
+    answer = client.get("/metrics", headers={"Authorization": "Bearer admin"})
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert 'spanfill_requests_total{gateway="one",route="/v1/completions",status="200"} 1.0' in answer.text
     assert 'spanfill_tokens_total{gateway="one",kind="prompt"} 1.0' in answer.text

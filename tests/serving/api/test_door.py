@@ -28,7 +28,7 @@ def client_of(door: Door) -> TestClient:
     async def who(caller: Annotated[Caller, Depends(door)]) -> str:
         return caller.tenant
 
-    return TestClient(app)
+    return TestClient(app, base_url="http://127.0.0.1:8000")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,27 @@ def test_an_open_server_lets_anybody_in_with_whatever_key_until_there_is_a_tenan
     assert client.get("/", headers={"Authorization": "Bearer right"}).json() == "acme"
     tenants.clear()
     assert client.get("/").status_code == 401, "closed is closed"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost:8000"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "127.0.0.1"}, 200),
+        ({"Origin": "http://localhost:3000"}, 200),
+        ({"Origin": "vscode-webview://1c0ffee"}, 200),
+        ({"Host": "evil.example:8000"}, 403),
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "http://127.0.0.1.evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_an_open_server_is_at_no_web_pages_service(headers: dict[str, str], status: int) -> None:
+    answer = client_of(Door(find, has_tenants=lambda: False)).get("/", headers=headers)
+    assert answer.status_code == status
+    assert client_of(Door(find)).get("/", headers={"Authorization": "Bearer right", **headers}).status_code == 200
 
 
 def test_openapi_knows_the_three_ways_to_send_a_key() -> None:

@@ -198,7 +198,6 @@ def test_a_connection_whose_request_had_no_body_is_kept() -> None:
     ("method", "path", "status"),
     [
         ("GET", "/health", 200),
-        ("GET", "/metrics", 200),
         ("GET", "/docs", 200),
         ("GET", "/openapi.json", 200),
         ("POST", "/v1/nothing", 404),

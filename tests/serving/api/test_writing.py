@@ -8,6 +8,7 @@ from serving.api.ask import Piece
 from serving.api.writing import Writing, prompt_tokens
 from serving.formats import load_format
 from serving.protocol import Growth
+from serving.stopping import GrowingText
 
 FORMAT = load_format("codegen25")
 EOM = FORMAT.tokenizer.special_id("<eom>")
@@ -16,10 +17,16 @@ STOPS = st.lists(st.text(st.sampled_from("ab\n END)é"), min_size=1, max_size=4)
 
 
 def written(
-    ids: list[int], sizes: list[int], stop: list[str], *, end: int | None = EOM, through: bool = False
+    ids: list[int],
+    sizes: list[int],
+    stop: list[str],
+    *,
+    end: int | None = EOM,
+    through: bool = False,
+    least: int = 0,
 ) -> list[Piece]:
     """The pieces when so many tokens come at a time."""
-    writing = Writing(0, FORMAT, stop, detailed=True, through=through)
+    writing = Writing(0, FORMAT, stop, detailed=True, through=through, least=least)
     pieces: list[Piece | None] = []
     at = 0
     for size in [*sizes, len(ids)]:
@@ -38,6 +45,18 @@ def test_pieces_join_to_the_infill(text: str, stop: list[str], sizes: list[int])
     pieces = written(ids, sizes, stop)
     assert "".join(piece.text for piece in pieces) == infill.text
     assert [piece.reason for piece in pieces] == [None] * (len(pieces) - 1) + [infill.finish_reason]
+
+
+@given(text=TEXTS, stop=STOPS, sizes=st.lists(st.integers(1, 5), max_size=30), least=st.integers(0, 30))
+def test_stop_strings_within_the_first_tokens_end_nothing(
+    text: str, stop: list[str], sizes: list[int], least: int
+) -> None:
+    ids = FORMAT.tokenizer.encode(text)
+    growing = GrowingText(FORMAT.decode)
+    needless = len("".join(growing.add(token_id) for token_id in ids[:least]))
+    shown = "".join(piece.text for piece in written(ids, sizes, stop, least=least))
+    assert shown == FORMAT.infill(ids, stop_token_id=EOM, stop=stop, least=needless).text
+    assert len(shown) > needless - max(map(len, stop), default=0) or shown == text
 
 
 @given(text=TEXTS, stop=STOPS, sizes=st.lists(st.integers(1, 5), max_size=30))
