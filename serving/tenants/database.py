@@ -14,6 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from serving.errors import ConfigError, DatabaseAwayError
 from serving.home import DATABASE_VARIABLE, database_url, home_folder
 
+POSTGRESQL_PORT = 5_432
 POSTGRESQL_OPTIONS = {"connect_timeout": 3, "tcp_user_timeout": 5_000}
 """Seconds and milliseconds (libpq) until a server that does not answer counts as away; the URL's own options win."""
 
@@ -66,7 +67,8 @@ def refuse_embedded(url: str | None, nodes: Collection[str]) -> None:
 def fingerprint(address: URL) -> str:
     """Twelve hexadecimal digits that tell a database from others, whoever opens it and with what options."""
     host = address.host or address.query.get("host")
-    text = f"{address.drivername} {host} {address.port} {address.database}"
+    port = None if is_embedded(address) else address.port or POSTGRESQL_PORT
+    text = f"{address.drivername} {host} {port} {address.database}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

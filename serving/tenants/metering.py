@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 def open_meter(store: TenantStore) -> "Meter":
-    """A meter with a journal in spanfill's home, apart from those for other databases."""
+    """A meter with a journal in spanfill's home, apart from those for other databases, which a warning names."""
+    _warn_of_others(_journals(store))
     return Meter(store.add_usage, _journals(store))
 
 
@@ -33,6 +34,18 @@ def collect(store: TenantStore) -> None:
 
 def _journals(store: TenantStore) -> Path:
     return home_folder() / "usage" / store.fingerprint
+
+
+def _warn_of_others(mine: Path) -> None:
+    """Name what waits for a database of another address: nobody counts it unless it is this one by another name."""
+    for other in sorted(mine.parent.glob("*")):
+        if other != mine and any(other.glob("*/*.jsonl")):
+            logger.warning(
+                "usage for a database of another address waits in %s. Use that address once, or move what is in it to "
+                "%s if it is this database.",
+                other,
+                mine,
+            )
 
 
 class Meter:

@@ -149,9 +149,7 @@ def main() -> None:
         "--slowest", type=share_above_zero, default=1.0, help="speed of the slowest engine of the study"
     )
     parser.add_argument("--long", type=share, default=0.0, help="share of rows with long prompts in the study")
-    parser.add_argument(
-        "--places", type=positive, default=H100.max_num_seqs, help="rows in a batch of the study's"
-    )
+    parser.add_argument("--places", type=positive, default=H100.max_num_seqs, help="rows in a batch of the study's")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     if not asked.replicas and not asked.study:

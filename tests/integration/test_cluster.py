@@ -132,6 +132,50 @@ def test_a_job_joins_the_fleet_of_serve_yaml(address: str, ask: Ask, write_rows:
         fleet.wait(60)
 
 
+DEPLOY = """
+import sys, ray
+from ray import serve
+from jobs.job import prepare_job
+from jobs.spec import JobSpec
+from serving.app import build, place
+from serving.config import ReplicaConfig
+
+address, source, replicas = sys.argv[1:]
+ray.init(address, log_to_driver=False)
+engine = prepare_job(JobSpec(input=source, output=source + ".out", engine="simulated", max_tokens=64)).engine
+replica = place(ReplicaConfig(replicas=int(replicas)), [node["Resources"] for node in ray.nodes()])
+serve.run(build(engine, replica), name="growing", route_prefix=None)
+"""
+"""A fleet of simulated engines for the jobs of a file."""
+
+
+def test_replicas_that_are_added_to_a_fleet_work_for_the_job_that_runs(
+    address: str, ask: Ask, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    source = write_rows(prefix=[f"def f{i}(x):\n    " + "x = x + 1\n    " * 60 for i in range(6_000)])
+
+    def deploy(replicas: int) -> None:
+        told = [sys.executable, "-c", DEPLOY, address, str(source), str(replicas)]
+        done = subprocess.run(told, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+
+    deploy(1)
+    try:
+        job = start(address, source, tmp_path / "out", "--engine", "simulated", "--max-tokens", 64)
+        until(lambda: job.poll() is not None or bool(journaled(tmp_path / "out")), 120)
+        deploy(2)
+        stdout, stderr = job.communicate(timeout=300)
+    finally:
+        ask("serve.delete('growing')")
+    assert job.returncode == 0, stderr
+    assert "joined the running application growing" in stderr
+    assert "the fleet has 2 replicas now" in stderr
+    manifest = json.loads(stdout)
+    assert (manifest["rows"], manifest["engines"]["replicas"], len(manifest["replicas"])) == (6_000, 2, 2)
+    assert min(manifest["replicas"].values()) > 500
+    assert verify(str(tmp_path / "out")).problems == []
+
+
 def actors_on(address: str, node: str) -> list[str]:
     """The classes of the live actors on a node, as Ray's head knows them."""
     state = GlobalState()

@@ -125,7 +125,12 @@ def test_a_gateway_does_not_start_on_sqlite_where_a_node_has_joined(
 
 def test_a_database_is_told_from_others_whoever_opens_it() -> None:
     same = {
-        fingerprint(database_address(url)) for url in (POSTGRESQL, "postgres://bob@db.example/spanfill?sslmode=require")
+        fingerprint(database_address(url))
+        for url in (
+            POSTGRESQL,
+            "postgres://bob@db.example/spanfill?sslmode=require",
+            "postgresql://db.example:5432/spanfill",
+        )
     }
     other = fingerprint(database_address("postgresql://ana@db.example/other"))
     socket = fingerprint(database_address("postgresql://ana@/spanfill?host=/run/postgresql"))

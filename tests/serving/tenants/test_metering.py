@@ -54,6 +54,22 @@ def journals(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir())
 
 
+def test_usage_that_waits_for_a_database_of_another_address_is_named(
+    tmp_path: Path, sqlite_store: TenantStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SPANFILL_HOME", str(tmp_path))
+    usage = tmp_path / "usage"
+    open_meter(sqlite_store).close()
+    assert not caplog.messages
+    other = Journal(usage / "0123456789ab")
+    other.append([record(1)])
+    open_meter(sqlite_store).close()
+    (told,) = caplog.messages
+    assert str(usage / "0123456789ab") in told
+    assert str(usage / sqlite_store.fingerprint) in told
+    other.close()
+
+
 def test_records_reach_the_store_while_the_gateway_lives_and_when_it_ends(store: TenantStore, tmp_path: Path) -> None:
     meter = Meter(store.add_usage, tmp_path / "usage")
     for job in range(10):
