@@ -74,9 +74,8 @@ class Crew:
         assert self._attachment is not None
         self._attachment = (*self._attachment[:2], route)
         self._rows = rows
-        for widened in [seat.feeder.widen.remote(route.replicas) for seat in self._seats]:
-            with suppress(RayActorError):
-                ray.get(widened)
+        for seat in self._seats:
+            seat.feeder.widen.remote(route.replicas)
 
     def _attach(self, seats: Sequence[_Seat]) -> None:
         if self._attachment is None:

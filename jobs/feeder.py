@@ -38,7 +38,8 @@ class FeederReport:
 class Route:
     """How to call an application: its replicas, each with ``window`` calls of this feeder in flight at first.
 
-    They weigh no more than ``room`` tokens. ``block_size`` tokens are a block of the engines' prefix caches.
+    Where there are more than two, they weigh no more than ``room`` tokens. ``block_size`` tokens are a block of the
+    engines' prefix caches.
     """
 
     replicas: int

@@ -82,6 +82,7 @@ class _Run:
     started: StartUp
     finished: Tally = field(default_factory=Tally)
     ran: float = 0.0
+    replica_seconds: float = 0.0
     told: dict[str, Any] = field(default_factory=dict)
 
 
@@ -226,14 +227,16 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
         run.started.reached("engine")
         info = service.info
         route, rows = route_of(service.replicas, info, spec)
-        before, ran = service.stats(), run.ran
+        before, ran, engines = service.stats(), run.ran, run.replica_seconds
         crew.attach(DEPLOYMENT, service.name, route, rows=rows)
         run.progress.stage = "running"
         _watch(run, crew, left, service)
         after = service.stats()
-        busy = occupancy(service.info, before, after, run.ran - ran, run.finished)
+        engines = run.replica_seconds - engines
+        busy = occupancy(service.info, before, after, engines, run.finished)
+        mean = service.replicas if run.ran == ran else round(engines / (run.ran - ran), 2)
         run.told = {
-            "engines": {"replicas": service.replicas, **busy, "settings": info.settings},
+            "engines": {"replicas": mean, **busy, "settings": info.settings},
             "cpu_seconds": cpu_seconds(crew.report().cpu_seconds, before, after, run.finished),
         }
     finally:
@@ -259,7 +262,8 @@ def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> No
             crew.fill()
             for tally in crew.gather(POLL_SECONDS):
                 run.finished.add(tally)
-            run.ran = before + time.monotonic() - started
+            ran, run.ran = run.ran, before + time.monotonic() - started
+            run.replica_seconds += (run.ran - ran) * service.replicas
             _tell(run, crew)
             _redo(run, left, run.recheck.damaged())
             service.watch(run.progress.fresh_rows, run.watcher.say)

@@ -187,8 +187,10 @@ class UnitWork:
 
     def _too_wide(self, batch: pa.RecordBatch) -> InputError | None:
         """Why a row that was read alone is not done: its columns, once for each sample, are too much to hold."""
+        if self._spec.most_text is None or batch.num_rows > 1:
+            return None
         size, n = held_bytes(batch), self._spec.n
-        if self._spec.most_text is None or batch.num_rows > 1 or n * size <= BATCH_BYTES:
+        if n * size <= BATCH_BYTES:
             return None
         return InputError(
             f"the row's columns have {size:,} bytes, {n * size:,} with n = {n}, more than {BATCH_BYTES:,}.",

@@ -228,17 +228,14 @@ class Fleet:
 
     def has_grown(self) -> bool:
         """Whether somebody has started more ``replicas`` of a fleet that was joined; looks now and then."""
-        now = time.monotonic()
-        if self.own or now < self.vigil.next_count:
+        vigil, now = self.vigil, time.monotonic()
+        if not self.own and vigil.counting is None and now >= vigil.next_count:
+            vigil.next_count, vigil.counting = now + COUNT_SECONDS, _Counting(self.name)
+        if vigil.counting is None or vigil.counting.is_alive():
             return False
-        self.vigil.next_count = now + COUNT_SECONDS
-        with suppress(RayError):
-            app = serve.status().applications.get(self.name)
-            running = _running(app) if app else 0
-            if running > self.replicas:
-                self.replicas = running
-                return True
-        return False
+        running, vigil.counting = vigil.counting.running, None
+        has_grown, self.replicas = running > self.replicas, max(running, self.replicas)
+        return has_grown
 
     def _look(self, now: float, say: Callable[[str], None]) -> None:
         try:
@@ -271,7 +268,24 @@ class Vigil:
     since: float = 0.0
     next_look: float = 0.0
     next_count: float = 0.0
+    counting: "_Counting | None" = None
     down: float | None = None
+
+
+class _Counting(threading.Thread):
+    """Asks Serve how many replicas an application has, for as long as that takes; nobody waits for it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name="spanfill-count", daemon=True)
+        self._app = name
+        self.running = 0
+        self.start()
+
+    def run(self) -> None:
+        """None where Serve does not answer."""
+        with suppress(RayError, RayServeException):
+            app = serve.status().applications.get(self._app)
+            self.running = _running(app) if app else 0
 
 
 def join_or_start(

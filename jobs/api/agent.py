@@ -55,7 +55,7 @@ class Agent:
         while not self._office.stopping.wait(LOOK_SECONDS):
             try:
                 task()
-            except (SpanfillError, OSError, ValueError) as error:  # ValueError: what another version has written.
+            except (SpanfillError, OSError) as error:
                 logger.warning("a batch or job is tried again: %s", error)
 
     def _fill(self, number: int) -> None:

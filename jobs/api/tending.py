@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from jobs.api.metered import finished_units
 from jobs.api.office import Office
 from jobs.api.order import EXIT_HELD, Cut, Mode, Outcome, Plan, Problem, UnitUsage
@@ -54,6 +56,17 @@ class Tending:
 
     def run(self) -> None:
         """Run the work to its end, or to that of this gateway; raises ``LeaseLostError``, ``DatabaseAwayError``."""
+        try:
+            self._run()
+        except ValidationError as error:  # What another version of spanfill has written of it.
+            logger.warning("%s cannot be read: %s", self._work.id, error)
+            told = {
+                "code": "version_mismatch",
+                "message": "It was begun by another version of spanfill. Send it again.",
+            }
+            self._leave("failed", **_problem(told, is_batch=self._is_batch))
+
+    def _run(self) -> None:
         if self._cut_short() is None:
             self._prepare()
             code = self._watch("run")
@@ -116,7 +129,7 @@ class Tending:
             self._work = self._office.queue.renew(self._work.id, self._office.holder, status, size=size, **told)
             if not self._is_batch:
                 more = _bytes_below(self._folder.path) - self._work.bytes
-                self._is_beyond = self._office.shelf.is_beyond(self._work.tenant, more)
+                self._is_beyond = self._is_beyond or self._office.shelf.is_beyond(self._work.tenant, more)
         except LeaseLostError:
             raise
         except (SpanfillError, OSError) as error:
@@ -244,10 +257,7 @@ class Tending:
             self._release(min(MOST_TRY_SECONDS, TRY_SECONDS * 2 ** min(tries, 10)), tries=tries)
             return
         told = {"code": problem.code, "message": problem.message}
-        if self._is_batch:
-            self._end_undone("failed", errors=[{**told, "line": None, "param": None}])
-        else:
-            self._end_undone("failed", problem=told)
+        self._end_undone("failed", **_problem(told, is_batch=self._is_batch))
 
     def _release(self, seconds: float, *, tries: int | None = None, is_last: bool = False) -> None:
         self._office.queue.release(self._work.id, self._office.holder, seconds, tries=tries, is_last=is_last)
@@ -276,13 +286,21 @@ class Tending:
         self._meter()
         if not self._is_batch:
             told |= self._progress()[1]
-        told["usage"] = self._used
-        size = 0 if self._is_batch else sum(part.size for part in part_files(self._folder))
-        self._office.queue.end(self._work.id, self._office.holder, status, size, **told)
+        self._leave(status, **told)
+
+    def _leave(self, status: Status, **told: Any) -> None:
+        """Say that the work has ended, of which a batch leaves nothing here and a job all that it made."""
+        if not self._is_batch:
+            self._folder.source("job").unlink(missing_ok=True)
+        size = 0 if self._is_batch else _bytes_below(self._folder.path)
+        self._office.queue.end(self._work.id, self._office.holder, status, size, **told, usage=self._used)
         if self._is_batch:
             self._office.shelf.remove(self._folder)
-        else:
-            self._folder.source("job").unlink(missing_ok=True)
+
+
+def _problem(told: dict[str, str], *, is_batch: bool) -> dict[str, Any]:
+    """Why all of a work failed, as batches and jobs tell it."""
+    return {"errors": [{**told, "line": None, "param": None}]} if is_batch else {"problem": told}
 
 
 def _bytes_below(folder: Path) -> int:
@@ -290,7 +308,7 @@ def _bytes_below(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):
-            total += path.lstat().st_size
+            total += path.lstat().st_size if path.is_file() else 0
     return total
 
 

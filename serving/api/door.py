@@ -64,9 +64,11 @@ class Door:
     async def _caller(self, request: Request) -> Caller:
         if not await self._is_open():
             return await self._find(await _key(request))
-        origin = request.headers.get("origin", "")
-        is_page = origin == "null" or urlsplit(origin).scheme in ("http", "https")
-        if not _is_here(request.url.hostname) or (is_page and not _is_here(urlsplit(origin).hostname)):
+        host, origin = request.headers.get("host", "localhost"), request.headers.get("origin", "")
+        if not _is_here(f"//{host}"):
+            what = f"without a key this server is asked as localhost or 127.0.0.1, not as {host}."
+            raise ForbiddenError(what, remedy=HOW_TO_MAKE_ONE + ".")
+        if (origin == "null" or origin.startswith(("http:", "https:"))) and not _is_here(origin):
             raise ForbiddenError("web pages of elsewhere are not answered without a key.", remedy=HOW_TO_MAKE_ONE + ".")
         return OPEN_CALLER
 
@@ -76,11 +78,15 @@ class Door:
         return self._has_tenants is not None
 
 
-def _is_here(host: str | None) -> bool:
-    """Whether a name leads to this machine whoever answers for names: a page may have its own name lead here."""
+def _is_here(address: str) -> bool:
+    """Whether its host is this machine whoever answers for names: a page may have its own name lead here."""
+    try:
+        host = urlsplit(address).hostname or ""
+    except ValueError:
+        return False
     with suppress(ValueError):
-        return ip_address(host or "").is_loopback
-    return host == "localhost"
+        return ip_address(host).is_loopback or ip_address(host).is_unspecified
+    return host == "localhost" or host.endswith(".localhost")
 
 
 async def _key(request: Request) -> str:

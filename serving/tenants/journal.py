@@ -139,6 +139,15 @@ def deliver_orphans(root: Path, add: Add) -> None:
                 remove(folder)
 
 
+def has_orphans(root: Path) -> bool:
+    """Whether there are records below ``root`` whose gateways are gone."""
+    for folder in root.glob("*"):
+        with _adopted(folder) as is_ours:
+            if is_ours and any(folder.glob("*.jsonl")):
+                return True
+    return False
+
+
 def remove(folder: Path) -> None:
     """Delete a journal's folder, of which everything was delivered."""
     (folder / "lock").unlink()

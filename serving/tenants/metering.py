@@ -7,7 +7,7 @@ from pathlib import Path
 
 from serving.errors import DatabaseAwayError
 from serving.home import home_folder
-from serving.tenants.journal import Add, Delivery, Journal, deliver_orphans, remove
+from serving.tenants.journal import Add, Delivery, Journal, deliver_orphans, has_orphans, remove
 from serving.tenants.store import TenantStore
 from serving.tenants.usage import UsageRecord
 
@@ -39,7 +39,7 @@ def _journals(store: TenantStore) -> Path:
 def _warn_of_others(mine: Path) -> None:
     """Name what waits for a database of another address: nobody counts it unless it is this one by another name."""
     for other in sorted(mine.parent.glob("*")):
-        if other != mine and any(other.glob("*/*.jsonl")):
+        if other != mine and has_orphans(other):
             logger.warning(
                 "usage for a database of another address waits in %s. Use that address once, or move what is in it to "
                 "%s if it is this database.",

@@ -33,6 +33,7 @@ from serving.protocol import INTERACTIVE_PRIORITY, MicroBatch, Request, Sampling
 from serving.router import streamed
 from tests.benchmarks.output import above_zero, check_files, console, parser_of, positive, publish_json
 from tests.benchmarks.people import asked_of, make_load
+from tests.benchmarks.signals import end_by_signals
 from tests.server import Server, joined, running_server
 
 MODEL = "demo-codegen25"
@@ -227,6 +228,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """The command."""
     options = parse()
+    end_by_signals()
     found = measure(options)
     table = Table(title="what the gateway costs", show_header=False)
     for part, values in found.items():

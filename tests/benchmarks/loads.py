@@ -32,6 +32,7 @@ from serving.app import APP, DEPLOYMENT
 from serving.protocol import EngineStats
 from tests.benchmarks.output import above_zero, check_files, console, origin, parser_of, positive, publish_json
 from tests.benchmarks.people import Taken, make_load, send
+from tests.benchmarks.signals import end_by_signals
 from tests.server import Server, joined, running_server
 
 START_SECONDS = 300.0
@@ -227,6 +228,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """The command."""
     options = parse()
+    end_by_signals()
     found = measure(options)
     table = Table(title="one fleet for people and a job", show_header=False)
     for name, value in found.items():

@@ -28,8 +28,9 @@ from tests.benchmarks.gpu.model import FULL, SMALL, Sizes, write_model
 from tests.benchmarks.gpu.report import line_of, roofline_of, table
 from tests.benchmarks.output import check_files, console, origin, parser_of, positive, publish_json
 from tests.benchmarks.peers.inputs import INPUTS, make_rows, write_rows
-from tests.benchmarks.peers.rounds import Attempt, end_by_signals, play
+from tests.benchmarks.peers.rounds import Attempt, play
 from tests.benchmarks.peers.setting import Setting
+from tests.benchmarks.signals import end_by_signals
 
 CONTESTANTS = ("vllm", "vllm-aligned", "vllm-sorted", "spanfill", "spanfill-1")
 """Those of ``spanfill bench peers`` that know how to use a GPU."""

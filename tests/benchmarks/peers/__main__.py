@@ -23,8 +23,9 @@ from tests.benchmarks.peers.contestant import CONTESTANTS
 from tests.benchmarks.peers.inputs import INPUTS, ROWS, make_rows, write_rows
 from tests.benchmarks.peers.model import SIZES, cached_model
 from tests.benchmarks.peers.report import plot, ratio_lines, summarise, table
-from tests.benchmarks.peers.rounds import Attempt, end_by_signals, play
+from tests.benchmarks.peers.rounds import Attempt, play
 from tests.benchmarks.peers.setting import Setting
+from tests.benchmarks.signals import end_by_signals
 
 
 def main() -> int:

@@ -79,9 +79,3 @@ def _wait(command: list[str], environment: dict[str, str], log: Any, timeout: fl
         if isinstance(error, subprocess.TimeoutExpired):
             return -signal.SIGKILL
         raise
-
-
-def end_by_signals() -> None:
-    """Let a signal end this process as an exit does, so that the contestant at work ends with it."""
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, lambda number, _: sys.exit(128 + number))

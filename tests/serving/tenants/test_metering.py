@@ -64,10 +64,12 @@ def test_usage_that_waits_for_a_database_of_another_address_is_named(
     other = Journal(usage / "0123456789ab")
     other.append([record(1)])
     open_meter(sqlite_store).close()
+    assert not caplog.messages, "its gateway lives"
+    other.close()
+    open_meter(sqlite_store).close()
     (told,) = caplog.messages
     assert str(usage / "0123456789ab") in told
     assert str(usage / sqlite_store.fingerprint) in told
-    other.close()
 
 
 def test_records_reach_the_store_while_the_gateway_lives_and_when_it_ends(store: TenantStore, tmp_path: Path) -> None:
