@@ -143,9 +143,7 @@ class Tending:
 
     def _job_bytes(self) -> int:
         """Bytes of what a job reads here and of the parts that are out."""
-        source = self._folder.source("job")
-        read = source.stat().st_size if source.exists() else 0
-        return read + sum(part.size for part in part_files(self._folder))
+        return _size(self._folder.source("job")) + sum(part.size for part in part_files(self._folder))
 
     def _progress(self) -> tuple[Status | None, dict[str, Any]]:
         states = [state for _, path in self._folder.begun() if (state := _state(path)) is not None]
@@ -290,12 +288,13 @@ class Tending:
 
     def _leave(self, status: Status, **told: Any) -> None:
         """Say that the work has ended, of which a batch leaves nothing here and a job all that it made."""
-        if not self._is_batch:
-            self._folder.source("job").unlink(missing_ok=True)
-        size = 0 if self._is_batch else _bytes_below(self._folder.path)
+        source = self._folder.source("job")
+        size = 0 if self._is_batch else _bytes_below(self._folder.path) - _size(source)
         self._office.queue.end(self._work.id, self._office.holder, status, size, **told, usage=self._used)
         if self._is_batch:
             self._office.shelf.remove(self._folder)
+        else:
+            source.unlink(missing_ok=True)
 
 
 def _problem(told: dict[str, str], *, is_batch: bool) -> dict[str, Any]:
@@ -305,11 +304,14 @@ def _problem(told: dict[str, str], *, is_batch: bool) -> dict[str, Any]:
 
 def _bytes_below(folder: Path) -> int:
     """Of all files there, those that are being written too."""
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            total += path.lstat().st_size if path.is_file() else 0
-    return total
+    return sum(map(_size, folder.rglob("*")))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; a folder, and what is gone meanwhile, have none."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_size if path.is_file() else 0
+    return 0
 
 
 def _state(path: Path) -> JobState | None:
