@@ -1,11 +1,12 @@
-"""Whether ``spanfill plan --calibrate`` foretells real runs of this machine: three shapes, each from the other two.
+"""Whether ``spanfill plan --calibrate`` foretells real runs of this machine: three shapes, each from the other two, and
+from each two of them a fourth whose rows share beginnings.
 
     python -m tests.benchmarks.plan_check --rows 600
 
-Prints one JSON object: the runs' rates and, for each shape, the rate predicted from both other runs and from each
-alone, with the error. Runs of the demo model take half a minute each and as long to start; with ``max_num_seqs`` of 16
-the batch stays full. A plan is told the output tokens that its run had: what is checked is the cost model, not a guess
-of lengths. Compare on a quiet machine alone.
+Prints one JSON object: the runs' rates and, for each shape, the rate predicted from two other runs and from each
+alone, with the error. What caches save of the fourth the plan finds in its rows. Runs of the demo model take half a
+minute each and as long to start; with ``max_num_seqs`` of 16 the batch stays full. A plan is told the output tokens that
+its run had: what is checked is the cost model, not a guess of lengths. Compare on a quiet machine alone.
 """
 
 import argparse
@@ -28,7 +29,9 @@ SHAPES = {
     "long prompt, short output": {"chars": 2_600, "max_tokens": 8},
     "short prompt, long output": {"chars": 300, "max_tokens": 64},
     "middling": {"chars": 1_200, "max_tokens": 32},
+    "shared beginnings": {"chars": 1_200, "max_tokens": 32, "shared": 1_200},
 }
+SHARED_ROWS = 30
 SEQUENCES, RUN_SECONDS, STARTS = 16, 600, 20
 
 
@@ -45,12 +48,12 @@ def check(folder: Path, *, rows: int) -> dict[str, Any]:
     jobs = {}
     for number, (name, shape) in enumerate(SHAPES.items()):
         source, output = folder / f"{number}.parquet", folder / f"out-{number}"
-        write_rows(source, rows, chars=shape["chars"], first=number)
+        write_rows(source, rows, chars=shape["chars"], first=number, shared=shape.get("shared", 0))
         spec = JobSpec(input=str(source), output=str(output), max_tokens=shape["max_tokens"])
         jobs[name] = (spec, run(spec, folder / "log"))
     found: dict[str, Any] = {}
     for name, (spec, manifest) in jobs.items():
-        others = [job.output for other, (job, _) in jobs.items() if other != name]
+        others = [job.output for other, (job, _) in jobs.items() if other != name and "shared" not in SHAPES[other]]
         chosen = [*combinations(others, 2), *combinations(others, 1)]
         found[name] = {
             "rows_per_second": manifest["rows_per_second"],
@@ -62,13 +65,17 @@ def check(folder: Path, *, rows: int) -> dict[str, Any]:
     return found
 
 
-def write_rows(path: Path, rows: int, *, chars: int, first: int) -> None:
-    """Prefixes of ``chars`` characters of the standard library, to be continued: no suffix, nothing shared."""
+def write_rows(path: Path, rows: int, *, chars: int, first: int, shared: int = 0) -> None:
+    """Prefixes of ``chars`` characters of the standard library, to be continued: no suffix, nothing shared.
+
+    But for the first ``shared`` characters, of which ``SHARED_ROWS`` rows have the same.
+    """
     texts = (p.read_text(errors="ignore") for p in sorted(standard_library().glob("*.py")))
     long = [text for text in texts if len(text) > 12_000]
     places = [(text, 3_000 * at + 700 * first) for at in range(STARTS) for text in long]
     prefixes = [text[start : start + chars] for text, start in places if start + chars <= len(text)]
-    pq.write_table(pa.table({"prefix": prefixes[:rows]}), path)
+    heads = [prefixes[row // SHARED_ROWS * SHARED_ROWS][:shared] for row in range(rows)]
+    pq.write_table(pa.table({"prefix": [head + prefix for head, prefix in zip(heads, prefixes, strict=False)]}), path)
 
 
 def run(spec: JobSpec, log: Path) -> dict[str, Any]:
