@@ -5,8 +5,8 @@ from each two of them a fourth whose rows share beginnings.
 
 Prints one JSON object: the runs' rates and, for each shape, the rate predicted from two other runs and from each
 alone, with the error. What caches save of the fourth the plan finds in its rows. Runs of the demo model take half a
-minute each and as long to start; with ``max_num_seqs`` of 16 the batch stays full. A plan is told the output tokens that
-its run had: what is checked is the cost model, not a guess of lengths. Compare on a quiet machine alone.
+minute each and as long to start; with ``max_num_seqs`` of 16 the batch stays full. A plan is told the output tokens
+that its run had: what is checked is the cost model, not a guess of lengths. Compare on a quiet machine alone.
 """
 
 import argparse
