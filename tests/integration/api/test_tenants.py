@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,26 @@ def test_a_job_joins_the_engines_that_serve_people_and_its_infills_are_theirs(
     assert infills == [expected] * 8
 
 
+def told_of_a_batch(api: Api, bodies: list[dict[str, Any]]) -> bytes:
+    """What the process of a batch printed until it ended; the tenant's files are gone then."""
+    client = api.openai()
+    lines = ({"custom_id": str(n), "method": "POST", "url": "/v1/completions", "body": b} for n, b in enumerate(bodies))
+    sent = client.files.create(file=("batch.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=sent.id, endpoint="/v1/completions", completion_window="24h")
+    printed, deadline = b"", time.monotonic() + 120
+    while batch.status not in ("completed", "failed"):
+        assert time.monotonic() < deadline
+        for log in api.server.home.glob("files/*/works/*/log"):
+            with suppress(FileNotFoundError):
+                printed = max(printed, log.read_bytes(), key=len)
+        time.sleep(0.1)
+        batch = client.batches.retrieve(batch.id)
+    assert batch.status == "completed", batch
+    for file in filter(None, (sent.id, batch.output_file_id, batch.error_file_id)):
+        client.files.delete(file)
+    return printed
+
+
 def test_no_log_holds_a_prompt_or_a_key(api: Api) -> None:
     wrong = f"{api.acme[:-10]}{SECRET}{SECRET}"
     api.complete({"prompt": f"{SECRET} = ", "max_tokens": 2})
@@ -193,6 +214,10 @@ def test_no_log_holds_a_prompt_or_a_key(api: Api) -> None:
         ("/v1/completions", {"prompt": SECRET, "max_tokens": 2}, SECRET),
     ):
         assert 400 <= api.post(path, body, key).status_code < 500
+    bodies = [{"prompt": SECRET, "max_tokens": 2}, {"prompt": SECRET, "n": SECRET}, {"echo": SECRET}]
+    printed = told_of_a_batch(api, bodies)
+    assert printed
+    assert SECRET.encode() not in printed
     files = [path for path in api.server.ray.rglob("*") if path.is_file() and "logs" in path.parts]
     assert len(files) > 10
     state = [path for path in api.server.home.rglob("*") if path.is_file()]
