@@ -40,7 +40,7 @@ class Observed:
     computed_tokens: float
     output_tokens: float
     seconds: float
-    replicas: int
+    replicas: float
     manifest: dict[str, Any]
     engine_args: dict[str, Any]
 

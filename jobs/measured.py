@@ -36,27 +36,27 @@ def occupancy(
     info: EngineInfo,
     before: Mapping[str, EngineStats],
     after: Mapping[str, EngineStats],
-    engine_seconds: float,
+    seconds: float,
     tally: Tally,
 ) -> dict[str, Any]:
-    """Between two readings: how long the engines that gave both, or began since, had work.
+    """Between two readings ``seconds`` apart: how long the engines that gave both, or began since, had work.
 
-    ``engine_seconds`` is the time between them, of each engine that there was.
+    Where engines came later, ``seconds`` is the mean time of one.
 
     ``busy_share``: the share of the time in which a row ran; ``mean_running``: rows at once, while one did;
     ``occupancy``: mean rows at once, of the most that fit by ``max_num_seqs`` and by the KV cache without sharing.
     """
     spans = [(before.get(name, NOTHING), stats) for name, stats in after.items()]
-    if not spans or not engine_seconds or info.kind == "instant":
+    if not spans or not seconds or info.kind == "instant":
         return {}
     busy = sum(b.busy_seconds - a.busy_seconds for a, b in spans)
     rows = sum(b.row_seconds - a.row_seconds for a, b in spans)
     row_tokens = (tally.prompt_tokens + tally.completion_tokens) / max(1, tally.samples)
     most = min(info.max_num_seqs, info.kv_cache_tokens / row_tokens if row_tokens else info.max_num_seqs)
     return {
-        "busy_share": round(busy / engine_seconds, 4),
+        "busy_share": round(busy / seconds / len(spans), 4),
         "mean_running": round(rows / busy, 2) if busy else 0.0,
-        "occupancy": round(rows / engine_seconds / max(1.0, most), 4),
+        "occupancy": round(rows / seconds / len(spans) / max(1.0, most), 4),
     }
 
 

@@ -233,10 +233,11 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
         _watch(run, crew, left, service)
         after = service.stats()
         engines = run.replica_seconds - engines
-        busy = occupancy(service.info, before, after, engines, run.finished)
-        mean = service.replicas if run.ran == ran else round(engines / (run.ran - ran), 2)
+        busy = occupancy(service.info, before, after, engines / service.replicas, run.finished)
+        mean = round(engines / (run.ran - ran), 2) if run.ran > ran else service.replicas
+        replicas_told = service.replicas if mean == service.replicas else mean
         run.told = {
-            "engines": {"replicas": mean, **busy, "settings": info.settings},
+            "engines": {"replicas": replicas_told, **busy, "settings": info.settings},
             "cpu_seconds": cpu_seconds(crew.report().cpu_seconds, before, after, run.finished),
         }
     finally:

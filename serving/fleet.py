@@ -256,6 +256,8 @@ class Fleet:
 
     def release(self) -> None:
         """Delete the application if this job started it."""
+        if self.vigil.counting is not None:
+            self.vigil.counting.join(STATS_SECONDS)
         if self.own:
             brood.attended(lambda: delete_app(self.name, guarded=self.guarded))
 

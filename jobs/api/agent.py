@@ -57,6 +57,8 @@ class Agent:
                 task()
             except (SpanfillError, OSError) as error:
                 logger.warning("a batch or job is tried again: %s", error)
+            except Exception:  # A fault of ours with one work must not end those of all tenants.
+                logger.exception("a batch or job is tried again")
 
     def _fill(self, number: int) -> None:
         """Run works in a place of this node, until none waits.

@@ -1,7 +1,6 @@
 """One work that this gateway has claimed: its process is begun, watched and stopped, its results are delivered."""
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from jobs.api.metered import finished_units
 from jobs.api.office import Office
@@ -20,7 +19,14 @@ from jobs.api.queue import Status
 from jobs.status import Status as JobState
 from jobs.status import read_status
 from jobs.store import locate, publish_bytes
-from serving.errors import DamagedStateError, DatabaseAwayError, LeaseLostError, ModelNotFoundError, SpanfillError
+from serving.errors import (
+    DamagedStateError,
+    DatabaseAwayError,
+    LeaseLostError,
+    ModelNotFoundError,
+    SpanfillError,
+    VersionError,
+)
 from serving.tenants.tables import FileRow, WorkRow
 from serving.tenants.usage import UsageRecord
 
@@ -39,6 +45,12 @@ COUNTED = ("prompt_tokens", "cached_tokens", "completion_tokens")
 PROGRESS = ("rows", "total_rows", "parts", "total_parts", "rows_per_second", "eta_seconds", "errors", "error_codes")
 
 logger = logging.getLogger(__name__)
+
+
+class _Begun(BaseModel):
+    """What counts of an earlier order, whatever version of spanfill wrote it."""
+
+    began: int
 
 
 class Tending:
@@ -82,7 +94,7 @@ class Tending:
         """Write the order, anew where the server has other engines than when the work began: those are to do it."""
         order = self._office.order(self._work, self._folder)
         if self._folder.order.exists():
-            began = json.loads(self._folder.order.read_bytes())["began"]
+            began = _Begun.model_validate_json(self._folder.order.read_bytes()).began
             order = order.model_copy(update={"began": began})
         publish_bytes(locate(str(self._folder.order)), order.model_dump_json().encode())
 
@@ -179,7 +191,7 @@ class Tending:
     def _finished_units(self) -> list[UnitUsage]:
         try:
             return list(finished_units(self._folder, self._metered))
-        except DamagedStateError as error:  # The work fails by it; that it does must not fail.
+        except (DamagedStateError, VersionError) as error:  # The work fails by it; that it does must not fail.
             logger.warning("not all that %s used can be counted: %s", self._work.id, error)
             return []
 
@@ -290,7 +302,8 @@ class Tending:
         """Say that the work has ended, of which a batch leaves nothing here and a job all that it made."""
         source = self._folder.source("job")
         size = 0 if self._is_batch else _bytes_below(self._folder.path) - _size(source)
-        self._office.queue.end(self._work.id, self._office.holder, status, size, **told, usage=self._used)
+        told["usage"] = self._used
+        self._office.queue.end(self._work.id, self._office.holder, status, size, **told)
         if self._is_batch:
             self._office.shelf.remove(self._folder)
         else:

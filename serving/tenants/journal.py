@@ -141,7 +141,7 @@ def deliver_orphans(root: Path, add: Add) -> None:
 
 def has_orphans(root: Path) -> bool:
     """Whether there are records below ``root`` whose gateways are gone."""
-    for folder in root.glob("*"):
+    for folder in root.glob("[!.]*"):
         with _adopted(folder) as is_ours:
             if is_ours and any(folder.glob("*.jsonl")):
                 return True
@@ -196,7 +196,7 @@ def _adopted(folder: Path) -> Iterator[bool]:
     """Hold a folder's lock, if its gateway is gone and nobody else was faster."""
     try:
         lock = os.open(folder / "lock", os.O_RDWR)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         yield False
         return
     try:

@@ -229,6 +229,7 @@ def main() -> int:
     """The command."""
     options = parse()
     end_by_signals()
+    about = origin("loads")
     found = measure(options)
     table = Table(title="one fleet for people and a job", show_header=False)
     for name, value in found.items():
@@ -236,7 +237,7 @@ def main() -> int:
         table.add_row(name, told)
     console().print(table)
     if options.json:
-        publish_json(options.json, origin("loads") | found)
+        publish_json(options.json, about | found)
     return 0
 
 

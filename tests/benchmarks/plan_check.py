@@ -74,8 +74,8 @@ def write_rows(path: Path, rows: int, *, chars: int, first: int, shared: int = 0
     long = [text for text in texts if len(text) > 12_000]
     places = [(text, 3_000 * at + 700 * first) for at in range(STARTS) for text in long]
     prefixes = [text[start : start + chars] for text, start in places if start + chars <= len(text)]
-    heads = [prefixes[row // SHARED_ROWS * SHARED_ROWS][:shared] for row in range(rows)]
-    pq.write_table(pa.table({"prefix": [head + prefix for head, prefix in zip(heads, prefixes, strict=False)]}), path)
+    heads = (prefixes[row // SHARED_ROWS * SHARED_ROWS][:shared] for row in range(len(prefixes)))
+    pq.write_table(pa.table({"prefix": [head + own for head, own in zip(heads, prefixes, strict=True)][:rows]}), path)
 
 
 def run(spec: JobSpec, log: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def test_running_rows_are_added_up_over_time() -> None:
 def test_occupancy_counts_what_fits_into_the_kv_cache() -> None:
     before = {"a": EngineStats(busy_seconds=5, row_seconds=10)}
     after = {"a": EngineStats(busy_seconds=15, row_seconds=50), "b": EngineStats(busy_seconds=10, row_seconds=40)}
-    found = occupancy(INFO, before, after, 20.0, TALLY)
+    found = occupancy(INFO, before, after, 10.0, TALLY)
     assert found == {"busy_share": 1.0, "mean_running": 4.0, "occupancy": 1.0}, "4 rows of 100 tokens fit into 400"
     assert (
         occupancy(INFO, {}, {}, 10.0, TALLY) == occupancy(replace(INFO, kind="instant"), before, after, 10, TALLY) == {}

@@ -116,6 +116,25 @@ def test_a_job_ends_whose_files_are_more_than_its_tenant_may_store(
     assert "may store 1,048,576 bytes" in ended.told["problem"]["message"]
 
 
+def test_a_batch_that_another_version_began_ends_and_says_so(office: Office) -> None:
+    work = queued(office, "batch")
+    folder = office.shelf.work_folder("acme", work.id)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.plan.write_text('{"of": "another version"}')
+    ended = tended(office)
+    assert (ended.status, ended.told["errors"][0]["code"]) == ("failed", "version_mismatch")
+    assert not folder.path.exists()
+
+
+def test_a_job_whose_order_cannot_be_read_ends_and_says_so(office: Office) -> None:
+    work = queued(office, "job")
+    folder = office.shelf.work_folder("acme", work.id)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.order.write_text("{")
+    ended = tended(office)
+    assert (ended.status, ended.told["problem"]["code"]) == ("failed", "version_mismatch")
+
+
 def test_a_job_that_gets_on_in_between_is_tried_again(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     queued(office, "job")
     monkeypatch.setattr(tending, "finished_units", one_more_each_time())
