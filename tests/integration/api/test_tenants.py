@@ -214,7 +214,11 @@ def test_no_log_holds_a_prompt_or_a_key(api: Api) -> None:
         ("/v1/completions", {"prompt": SECRET, "max_tokens": 2}, SECRET),
     ):
         assert 400 <= api.post(path, body, key).status_code < 500
-    bodies = [{"prompt": SECRET, "max_tokens": 2}, {"prompt": SECRET, "n": SECRET}, {"echo": SECRET}]
+    bodies: list[dict[str, Any]] = [
+        {"prompt": SECRET, "max_tokens": 2},
+        {"prompt": SECRET, "n": SECRET},
+        {"echo": SECRET},
+    ]
     printed = told_of_a_batch(api, bodies)
     assert printed
     assert SECRET.encode() not in printed
