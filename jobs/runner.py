@@ -227,17 +227,20 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
         run.started.reached("engine")
         info = service.info
         route, rows = route_of(service.replicas, info, spec)
-        before, ran, engines = service.stats(), run.ran, run.replica_seconds
+        before, ran, earlier = service.stats(), run.ran, run.replica_seconds
         crew.attach(DEPLOYMENT, service.name, route, rows=rows)
         run.progress.stage = "running"
         _watch(run, crew, left, service)
         after = service.stats()
-        engines = run.replica_seconds - engines
-        busy = occupancy(service.info, before, after, engines / service.replicas, run.finished)
-        mean = round(engines / (run.ran - ran), 2) if run.ran > ran else service.replicas
-        replicas_told = service.replicas if mean == service.replicas else mean
+        seconds, replica_seconds = run.ran - ran, run.replica_seconds - earlier
+        busy = occupancy(service.info, before, after, replica_seconds / service.replicas, run.finished)
+        mean = round(replica_seconds / seconds, 2) if seconds else service.replicas
         run.told = {
-            "engines": {"replicas": replicas_told, **busy, "settings": info.settings},
+            "engines": {
+                "replicas": service.replicas if mean == service.replicas else mean,
+                **busy,
+                "settings": info.settings,
+            },
             "cpu_seconds": cpu_seconds(crew.report().cpu_seconds, before, after, run.finished),
         }
     finally:

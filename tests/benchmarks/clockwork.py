@@ -31,9 +31,6 @@ def _described(roofline: RooflineConfig) -> EngineInfo:
         max_num_seqs=roofline.max_num_seqs,
         block_size=roofline.block_size,
         kv_cache_tokens=roofline.kv_cache_tokens,
-        device="simulated",
-        versions={},
-        settings={},
     )
 
 

@@ -116,23 +116,17 @@ def test_a_job_ends_whose_files_are_more_than_its_tenant_may_store(
     assert "may store 1,048,576 bytes" in ended.told["problem"]["message"]
 
 
-def test_a_batch_that_another_version_began_ends_and_says_so(office: Office) -> None:
-    work = queued(office, "batch")
-    folder = office.shelf.work_folder("acme", work.id)
+@pytest.mark.parametrize(
+    ("kind", "file", "text"), [("batch", "plan.json", '{"of": "another version"}'), ("job", "order.json", "{")]
+)
+def test_a_work_that_another_version_began_ends_and_says_so(office: Office, kind: Kind, file: str, text: str) -> None:
+    folder = office.shelf.work_folder("acme", queued(office, kind).id)
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.plan.write_text('{"of": "another version"}')
+    folder.path.joinpath(file).write_text(text)
     ended = tended(office)
-    assert (ended.status, ended.told["errors"][0]["code"]) == ("failed", "version_mismatch")
-    assert not folder.path.exists()
-
-
-def test_a_job_whose_order_cannot_be_read_ends_and_says_so(office: Office) -> None:
-    work = queued(office, "job")
-    folder = office.shelf.work_folder("acme", work.id)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.order.write_text("{")
-    ended = tended(office)
-    assert (ended.status, ended.told["problem"]["code"]) == ("failed", "version_mismatch")
+    problem = ended.told["errors"][0] if kind == "batch" else ended.told["problem"]
+    assert (ended.status, problem["code"]) == ("failed", "version_mismatch")
+    assert folder.path.exists() == (kind == "job")
 
 
 def test_a_job_that_gets_on_in_between_is_tried_again(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
