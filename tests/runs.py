@@ -15,16 +15,18 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-TITLES = {
+NAMES = {
     "replica": "ray::ServeReplica",
     "feeder": "ray::Feeder",
     "controller": "ray::ServeController",
     "engine": "VLLM::EngineCore",
+    "raylet": "raylet",
+    "gcs_server": "gcs_server",
 }
 """What the processes of a run call themselves; ``driver`` is the command itself."""
 
-DAEMONS = ("raylet", "gcs_server")
-"""Ray's own processes, by the names of their programs."""
+NAME_LENGTH = 15
+"""Of a process' name Linux keeps so many characters."""
 
 COUNTING = Path(__file__).parent / "benchmarks" / "counting"
 
@@ -64,6 +66,7 @@ class Run:
         self._log = log
         # Not a pipe: nobody reads before the end, and the manifest of many parts would fill one.
         self._printed = log.with_name(f"{log.name}.stdout")
+        self._seen: dict[int, str] = {}
         command = [sys.executable, "-m", "jobs.cli", "run", "--json", *map(str, arguments)]
         with log.open("a") as stderr, self._printed.open("w") as stdout:
             self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env={**os.environ, **(env or {})})
@@ -90,15 +93,20 @@ class Run:
         """Wait while the run lives."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.told}"
-            assert time.monotonic() < deadline, f"waited in vain: {self.told}"
+            code = self.process.poll()
+            assert code is None, f"ended with {code}; its processes had been {self._seen}: {self.told}"
+            assert time.monotonic() < deadline, f"waited in vain; its processes are {self._seen}: {self.told}"
             time.sleep(0.05)
 
     def processes(self, kind: str) -> list[psutil.Process]:
         """The live processes of a kind that this run started, or itself."""
         with suppress(psutil.NoSuchProcess):
             mine = psutil.Process(self.process.pid)
-            return [mine] if kind == "driver" else [p for p in mine.children(recursive=True) if _is(p, kind)]
+            if kind == "driver":
+                return [mine]
+            named = [(process, _name(process)) for process in mine.children(recursive=True)]
+            self._seen = {process.pid: name for process, name in named if name}
+            return [process for process, name in named if name == NAMES[kind][:NAME_LENGTH]]
         return []
 
     def tree(self) -> list[psutil.Process]:
@@ -134,13 +142,15 @@ def running(log: Path, *arguments: object, env: Mapping[str, str] | None = None)
             run.end()
 
 
-def _is(process: psutil.Process, kind: str) -> bool:
+def _name(process: psutil.Process) -> str:
+    """Its name while it lives, else nothing.
+
+    Of the kernel's own record: a command line is read from the memory of the process, which may have to be waited for.
+    """
     try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return process.name() == kind if kind in DAEMONS else " ".join(process.cmdline()).startswith(TITLES[kind])
-    except psutil.NoSuchProcess:
-        return False
+        return "" if process.status() == psutil.STATUS_ZOMBIE else Path(f"/proc/{process.pid}/comm").read_text().strip()
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def journaled(output: Path) -> list[Path]:

@@ -29,12 +29,12 @@ import pyarrow.parquet as pq
 
 from jobs.options import EXIT_ERROR_ROWS
 from jobs.verify import verify
-from tests.runs import DAEMONS, Run, answered, counting, write_pairs
+from tests.runs import Run, answered, counting, write_pairs
 
 WEIGHTS = {"replica": 4, "feeder": 4, "driver": 2, "controller": 1}
 """How often each kind is chosen; a driver's death costs a start of Ray, some eight seconds."""
 
-MEASURED = ("driver", "replica", "feeder", "controller", *DAEMONS)
+MEASURED = ("driver", "replica", "feeder", "controller", "raylet", "gcs_server")
 BAD_EVERY = 1_000
 
 
