@@ -272,6 +272,8 @@ def plan(
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     format: FormatName = None,  # noqa: A002
     max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most (default: 128).")] = None,
+    n: Annotated[int | None, typer.Option(help="As for run: samples a row (default: 1).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="As for run: above 0 every row is generated.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
     prefix_align: Annotated[int | None, typer.Option(help="As for run.")] = None,
     suffix_share: Annotated[float | None, typer.Option(help="As for run.")] = None,
@@ -307,7 +309,7 @@ def plan(
     spec = {"input": input, "output": ".", "model": model} | present(
         revision=revision, format=format, max_tokens=max_tokens, max_model_len=max_model_len,
         prefix_align=prefix_align, suffix_share=suffix_share, columns=pairs_of(column, "--column"),
-        order=order, rows_per_part=rows_per_part, limit=limit, replicas=replicas,
+        n=n, temperature=temperature, order=order, rows_per_part=rows_per_part, limit=limit, replicas=replicas,
         tensor_parallel_size=tensor_parallel_size,
     )  # fmt: skip
     gpus = list(dict.fromkeys(map(find_gpu, gpu or GPUS)))

@@ -46,9 +46,10 @@ class Wish:
 class Line:
     """One GPU at one precision, or machine that jobs were calibrated on (``gpu`` names them then).
 
-    Rates are rows/s of one GPU, or of one replica of a calibrated machine; ``bound`` is the roofline's, ``steady`` that
-    of a full batch on it, ``predicted`` the fraction of ``bound`` that is expected, ``steady`` at most. Hours are of
-    all rows on all replicas, ``cost`` is in dollars. What does not fit has no figures but ``why``.
+    Rates are rows/s of one GPU, or of one replica of a calibrated machine, a row with all its completions; ``bound`` is
+    the roofline's, ``steady`` that of a full batch on it, ``predicted`` the fraction of ``bound`` that is expected,
+    ``steady`` at most. Hours are of all rows on all replicas, ``cost`` is in dollars. What does not fit has no figures
+    but ``why``.
     """
 
     gpu: str
@@ -66,7 +67,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Plan:
-    """A job's plan: the sample, what a row weighs for an engine, and a line for each GPU and calibrated machine."""
+    """A job's plan: the sample, what a completion weighs, and a line for each GPU and calibrated machine."""
 
     spec: JobSpec
     wish: Wish
@@ -129,7 +130,8 @@ def plan_job(spec: JobSpec, wish: Wish) -> Plan:
         varied=output_tokens < spec.max_tokens,
         stop_share=min(stops, spec.max_tokens - output_tokens),
     )
-    lines = [_gpu_line(spec, wish, sample, load, shape, context, g, p) for g in wish.gpus for p in wish.precisions]
+    task = _Task(spec, sample, load, shape, context)
+    lines = [_gpu_line(task, wish, gpu, precision) for gpu in wish.gpus for precision in wish.precisions]
     calibrated = _calibrated_line(spec, sample, load, calibration) if calibration else None
     return Plan(spec, wish, sample, load, source, shape, tuple(lines), calibration, calibrated)
 
@@ -166,36 +168,38 @@ def _output_tokens(spec: JobSpec, wish: Wish) -> tuple[float, float, str]:
     return wish.output_tokens, 1.0, "--output-tokens"
 
 
-def _gpu_line(
-    spec: JobSpec,
-    wish: Wish,
-    sample: Sample,
-    load: Load,
-    shape: ModelShape,
-    context: int,
-    gpu: Gpu,
-    precision: Precision,
-) -> Line:
-    size = spec.tensor_parallel_size
+@dataclass(frozen=True)
+class _Task:
+    """What there is to do, whatever does it."""
+
+    spec: JobSpec
+    sample: Sample
+    load: Load
+    shape: ModelShape
+    context: int
+
+
+def _gpu_line(task: _Task, wish: Wish, gpu: Gpu, precision: Precision) -> Line:
+    spec, sample, load, size = task.spec, task.sample, task.load, task.spec.tensor_parallel_size
     try:
         roofline = replica_roofline(
-            gpu, shape, precision,
+            gpu, task.shape, precision,
             tensor_parallel_size=size,
-            max_model_len=context,
+            max_model_len=task.context,
             max_num_seqs=wish.max_num_seqs,
         )  # fmt: skip
     except ModelError as error:
         return Line(gpu.name, precision, fits=False, why=error.message)
     bound, steady = _bound(roofline, load), steady_rows_per_second(roofline, load)
-    predicted = min(wish.fraction * bound, steady)
+    predicted, parts = min(wish.fraction * bound, steady), size * sample.n
     line = Line(
         gpu.name,
         precision,
         fits=True,
         batch=batch_size(roofline, load),
-        bound_rows_per_second=bound / size,
-        steady_rows_per_second=steady / size,
-        predicted_rows_per_second=predicted / size,
+        bound_rows_per_second=bound / parts,
+        steady_rows_per_second=steady / parts,
+        predicted_rows_per_second=predicted / parts,
     )
     price = (wish.prices or {}).get(gpu.name)
     return _with_hours(line, sample, rate=predicted * spec.replicas, gpus=spec.replicas * size, price=price)
@@ -214,12 +218,13 @@ def _calibrated_line(spec: JobSpec, sample: Sample, load: Load, calibration: Cal
     """What this machine would do, by its own jobs: a measured rate, of which no fraction is taken."""
     computed = replace(load, cached_share=_cached_share(spec, sample, on_cpu=calibration.on_cpu)).computed
     rate = calibration.rows_per_second(computed_tokens=computed, output_tokens=load.steps)
-    line = Line(" + ".join(calibration.names), "as run", fits=True, predicted_rows_per_second=rate)
+    line = Line(" + ".join(calibration.names), "as run", fits=True, predicted_rows_per_second=rate / sample.n)
     return _with_hours(line, sample, rate=rate * spec.replicas, gpus=spec.replicas * spec.tensor_parallel_size)
 
 
 def _with_hours(line: Line, sample: Sample, *, rate: float, gpus: int, price: float | None = None) -> Line:
-    hours = sample.engine_rows / rate / 3600
+    """With the time at ``rate`` completions a second."""
+    hours = sample.completions / rate / 3600
     cost = None if price is None else hours * gpus * price
     return replace(line, hours=hours, gpu_hours=hours * gpus, cost=cost)
 

@@ -46,14 +46,17 @@ def _facts(plan: Plan) -> Iterator[str]:
         f"p99 {s.prompt_tokens_p99:,}, most {s.prompt_tokens_max:,}; truncated {s.truncated_share:.1%}, "
         f"error rows {s.error_share:.1%}"
     )
+    if s.n > 1:
+        yield f"completions: {s.n} a row, of which all but the first share their prompt"
     if s.twin_share:
         yield f"equal prompts: {s.twin_share:.1%} of the rows take another's answer where nothing is sampled"
     yield (
         f"shared by prefix, at best: {s.cached_share:.1%} of the prompt tokens inside units of "
         f"{plan.spec.rows_per_part:,} rows, {s.cached_share_all:.1%} over the whole sample (blocks of {s.block_size})"
     )
-    stops = f", and a stop token of {load.stop_share:.0%} of the rows" if load.stop_share else ""
-    yield f"output tokens: {load.output_tokens:,.1f} a row ({plan.output_tokens_from}){stops}"
+    stops = f", and a stop token of {load.stop_share:.0%} of them" if load.stop_share else ""
+    each = "completion" if s.n > 1 else "row"
+    yield f"output tokens: {load.output_tokens:,.1f} a {each} ({plan.output_tokens_from}){stops}"
     yield f"model: {plan.spec.model}, {plan.shape.parameters / 1e9:,.3g} billion parameters"
 
 

@@ -28,7 +28,7 @@ class Sample:
     units), ``cached_share_cpu`` the same at the block size on a CPU, ``cached_share_all`` when all sampled
     rows share, ``cached_share_all_cpu`` that on a CPU. ``rows`` are those of the input, from its footers.
     ``twin_share`` of the prompts are those of other rows, whose answers a job gives them; lengths and shares are of the
-    others.
+    others. Each of these has ``n`` completions, of which all but the first share the prompt's whole blocks.
     """
 
     rows: int
@@ -42,6 +42,7 @@ class Sample:
     truncated_share: float
     error_share: float
     twin_share: float
+    n: int
     block_size: int
     cached_share: float
     cached_share_cpu: float
@@ -49,9 +50,9 @@ class Sample:
     cached_share_all_cpu: float
 
     @property
-    def engine_rows(self) -> float:
-        """Rows that reach an engine: bad input and second rows of one prompt do not."""
-        return self.rows * (1 - self.error_share) * (1 - self.twin_share)
+    def completions(self) -> float:
+        """What engines generate: nothing for bad input and second rows of one prompt, ``n`` for all others."""
+        return self.rows * (1 - self.error_share) * (1 - self.twin_share) * self.n
 
 
 def stretches(units: Iterable[Unit], *, sample: int) -> list[Unit]:
@@ -124,6 +125,12 @@ def _measure(spec: JobSpec, inputs: InputSet, taken: Sequence[Unit], prompts: Se
     lengths = sorted(map(len, ids))
     groups = [group for group in by_unit.values() if group]
     tokens, sampled = sum(lengths), sum(unit.rows for unit in taken)
+
+    def of_all(first: float, block_size: int) -> float:
+        """The share of all completions' prompts, where ``first`` is that of each prompt's first one."""
+        again = sum((length - 1) // block_size * block_size for length in lengths) / tokens
+        return (first + (spec.n - 1) * again) / spec.n
+
     return Sample(
         rows=min(inputs.rows, spec.limit or inputs.rows),
         sampled_rows=sampled,
@@ -136,11 +143,12 @@ def _measure(spec: JobSpec, inputs: InputSet, taken: Sequence[Unit], prompts: Se
         truncated_share=sum(prompt.truncated for made in prompts for prompt in made) / count,
         error_share=1 - count / sampled,
         twin_share=1 - len(lengths) / count,
+        n=spec.n,
         block_size=BLOCK_SIZE,
-        cached_share=share_inside(groups, BLOCK_SIZE),
-        cached_share_cpu=share_inside(groups, CPU_BLOCK_SIZE),
-        cached_share_all=ideal_cached_share(ids, BLOCK_SIZE),
-        cached_share_all_cpu=ideal_cached_share(ids, CPU_BLOCK_SIZE),
+        cached_share=of_all(share_inside(groups, BLOCK_SIZE), BLOCK_SIZE),
+        cached_share_cpu=of_all(share_inside(groups, CPU_BLOCK_SIZE), CPU_BLOCK_SIZE),
+        cached_share_all=of_all(ideal_cached_share(ids, BLOCK_SIZE), BLOCK_SIZE),
+        cached_share_all_cpu=of_all(ideal_cached_share(ids, CPU_BLOCK_SIZE), CPU_BLOCK_SIZE),
     )
 
 

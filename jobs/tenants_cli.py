@@ -214,7 +214,12 @@ def _seconds(text: str) -> float:
 
 
 def _time_after(text: str | None) -> float | None:
-    return None if text is None else time.time() + _seconds(text)
+    if text is None:
+        return None
+    seconds = _seconds(text)
+    if seconds == 0:
+        raise UsageError(f"--expires {text} is a key that is never good.", remedy="Give it some time, such as 30d.")
+    return time.time() + seconds
 
 
 def _day(text: str | None, option: str) -> date | None:

@@ -1,5 +1,6 @@
 """A batch's input, line by line: whose answer is wanted, and what is asked. Pure but for reading the stream."""
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import IO, Annotated, Any, Literal
 
@@ -52,10 +53,14 @@ class Record(Frozen):
 
 
 def numbered(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers from 1; no more than ``MOST_LINE`` bytes of one, and one."""
+    """The lines that are not blank, with their numbers from 1; no more than ``MOST_LINE`` bytes of one, and one.
+
+    A byte order mark, with which some editors begin a file, is no part of the first.
+    """
     number = 0
     while raw := stream.readline(MOST_LINE + 1):
         number += 1
+        raw = raw.removeprefix(BOM_UTF8) if number == 1 else raw
         if raw.strip():
             yield number, raw
 

@@ -64,7 +64,10 @@ def seconds_of(told: dict[str, JsonValue], name: str) -> int | None:
 
 
 class Download(FileResponse):
-    """A file whose wrong ranges are told as all errors are, where Starlette answers in plain text."""
+    """A file whose wrong ranges are told as all errors are, where Starlette answers in plain text.
+
+    Of other units than bytes the whole file is sent (RFC 9110, 14.2).
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; raises ``UsageError`` and FastAPI's own error for a range that is none."""
@@ -78,7 +81,13 @@ class Download(FileResponse):
                 raise UsageError("The Range header is none.", remedy="Send Range: bytes=FROM-TO, or leave it out.")
             await send(message)
 
-        await super().__call__(scope, receive, told)
+        known = [(name, value) for name, value in scope["headers"] if name != b"range" or not _has_other_unit(value)]
+        await super().__call__({**scope, "headers": known}, receive, told)
+
+
+def _has_other_unit(wanted: bytes) -> bool:
+    unit, equals, _ = wanted.partition(b"=")
+    return bool(equals) and unit.strip().lower() != b"bytes"
 
 
 def download(path: str, name: str) -> FileResponse:

@@ -24,7 +24,7 @@ USAGE = 2
 KEYS = {
     *("model", "parameters", "rows", "sampled_rows", "stretches", "prompt_tokens_mean", "prompt_tokens_p50"),
     *("prompt_tokens_p90", "prompt_tokens_p99", "prompt_tokens_max", "truncated_share", "error_share", "twin_share"),
-    *("block_size", "cached_share", "cached_share_cpu", "cached_share_all", "cached_share_all_cpu", "order"),
+    *("n", "block_size", "cached_share", "cached_share_cpu", "cached_share_all", "cached_share_all_cpu", "order"),
     *("output_tokens", "output_tokens_from", "stop_share", "fraction", "replicas", "tensor_parallel_size", "gpus"),
     *("calibration", "calibrated"),
 }
@@ -88,6 +88,32 @@ def test_equal_prompts_are_planned_once_where_a_job_generates_them_once(
     (line, *_), (other, *_) = (each["gpus"] for each in told)
     rates = [each["predicted_rows_per_second"] for each in (line, other)]
     assert line["hours"] * rates[0] == pytest.approx(other["hours"] * rates[1] * count / 40)
+
+
+def test_equal_prompts_are_planned_each_where_a_job_samples(spanfill: Command, write_rows: WriteRows) -> None:
+    rows = write_rows(prefix=[f"{'alpha beta gamma ' * 80}{i % 10}" for i in range(40)])
+    assert json.loads(spanfill("plan", "--input", rows, "--temperature", 0.8, "--json").stdout)["twin_share"] == 0
+
+
+def test_the_samples_of_a_row_share_its_prompt_and_are_decoded_each(plan: Callable[..., Any]) -> None:
+    options = ("--json", "--model", "codegen25-7b-multi", "--temperature", 0.8, "--gpu", "H100", "--precision", "bf16")
+    one, four = (json.loads(plan(*options, "--n", n).stdout) for n in (1, 4))
+    length = one["prompt_tokens_mean"]
+    assert four["prompt_tokens_mean"] == length
+    computed = (1 - one["cached_share"]) * length
+    again = (4 * (1 - four["cached_share"]) * length - computed) / 3
+    assert 1 <= again <= 16  # What is left of each prompt behind its whole blocks of 16.
+    (line,), (slower,) = one["gpus"], four["gpus"]
+    for name in ("bound_rows_per_second", "steady_rows_per_second", "predicted_rows_per_second"):
+        assert line[name] / 4 < slower[name] < line[name]
+    assert slower["hours"] == pytest.approx(40 / slower["predicted_rows_per_second"] / 3600)
+    assert "completions: 4 a row" in plan(*options[1:], "--n", 4).stdout
+
+
+def test_samples_without_a_temperature_are_refused(plan: Callable[..., Any]) -> None:
+    refused = plan("--n", 4)
+    assert (refused.code, refused.stdout) == (USAGE, "")
+    assert "set temperature" in refused.stderr
 
 
 def test_gathered_rows_share_what_the_whole_sample_shares(write_rows: WriteRows) -> None:

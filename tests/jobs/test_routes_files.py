@@ -86,7 +86,8 @@ def test_a_file_is_told_of_read_listed_and_deleted(client: TestClient, home: Pat
         ("bytes=-3", 206, b"789"),
         ("bytes=10-", 416, "no_such_range"),
         ("bytes=4-2", 400, "bytes=FROM-TO"),
-        ("lines=0-5", 400, "bytes=FROM-TO"),
+        ("bytes", 400, "bytes=FROM-TO"),
+        ("lines=0-5", 200, b"0123456789"),
     ],
 )
 def test_a_range_is_answered_or_refused_as_all_is(

@@ -158,6 +158,7 @@ def test_people_read_tables(spanfill: Command, store: TenantStore) -> None:
         ("tenants create acme --role owner", "'owner' is no role"),
         ("tenants create acme --expires soon", "'soon' is no length of time"),
         ("tenants create acme --expires 9999w", "'9999w' is no length of time"),
+        ("tenants create acme --expires 0s", "--expires 0s is a key that is never good"),
         ("tenants create acme --models ,", "list of models is empty"),
         ("tenants usage --by colour", "colour is unknown"),
         ("tenants usage --since yesterday", "--since yesterday is no day"),

@@ -1,5 +1,6 @@
 """From JSONL to the jobs' Parquet, and what is refused on the way."""
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ def error_of(folder: WorkFolder, data: bytes, **values: Any) -> LineError:
     """The one thing that is wrong with a batch."""
     (error,) = translated(folder, data, **values).errors
     return error
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(folder: WorkFolder) -> None:
+    plan = translated(folder, codecs.BOM_UTF8 + jsonl(ask("a", prompt="one"), ask("b", prompt="two")))
+    assert (plan.total, plan.asking, plan.errors) == (2, 2, ())
 
 
 def test_lines_become_rows_by_how_they_are_decoded(folder: WorkFolder) -> None:
