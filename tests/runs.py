@@ -60,13 +60,13 @@ def answered(folder: Path) -> int:
 
 
 class Run:
-    """One run of the command; its stderr goes to ``log``."""
+    """One run of the command; its stderr goes to ``log``. ``seen`` are the names of its processes, by their ids."""
 
     def __init__(self, log: Path, *arguments: object, env: Mapping[str, str] | None = None) -> None:
         self._log = log
         # Not a pipe: nobody reads before the end, and the manifest of many parts would fill one.
         self._printed = log.with_name(f"{log.name}.stdout")
-        self._seen: dict[int, str] = {}
+        self.seen: dict[int, str] = {}
         command = [sys.executable, "-m", "jobs.cli", "run", "--json", *map(str, arguments)]
         with log.open("a") as stderr, self._printed.open("w") as stdout:
             self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env={**os.environ, **(env or {})})
@@ -94,8 +94,8 @@ class Run:
         deadline = time.monotonic() + seconds
         while not condition():
             code = self.process.poll()
-            assert code is None, f"ended with {code}; its processes had been {self._seen}: {self.told}"
-            assert time.monotonic() < deadline, f"waited in vain; its processes are {self._seen}: {self.told}"
+            assert code is None, f"ended with {code}; its processes were {self.seen}: {self.told}"
+            assert time.monotonic() < deadline, f"waited in vain; its processes were {self.seen}: {self.told}"
             time.sleep(0.05)
 
     def processes(self, kind: str) -> list[psutil.Process]:
@@ -105,7 +105,7 @@ class Run:
             if kind == "driver":
                 return [mine]
             named = [(process, _name(process)) for process in mine.children(recursive=True)]
-            self._seen = {process.pid: name for process, name in named if name}
+            self.seen.update((process.pid, name) for process, name in named if name)
             return [process for process, name in named if name == NAMES[kind][:NAME_LENGTH]]
         return []
 
