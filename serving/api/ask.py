@@ -109,6 +109,14 @@ class Usage:
         """Prompt and completion tokens."""
         return self.prompt_tokens + self.completion_tokens
 
+    def beyond(self, earlier: "Usage") -> "Usage":
+        """What came to it since ``earlier``."""
+        return Usage(
+            self.prompt_tokens - earlier.prompt_tokens,
+            self.completion_tokens - earlier.completion_tokens,
+            self.cached_tokens - earlier.cached_tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:

@@ -188,7 +188,7 @@ class Gateway:
         engines = Engines(model, fmt, config.tokenizer, calls.generate.remote, calls.stream.remote)
         self._service = FleetService(engines, self._desk, self._used, self._metrics)
 
-    def _used(self, caller: Caller, model: str, usage: Usage) -> None:
+    def _used(self, caller: Caller, model: str, usage: Usage, requests: int) -> None:
         self._meter.add(
             UsageRecord(
                 caller.tenant,
@@ -198,6 +198,7 @@ class Gateway:
                 usage.cached_tokens,
                 usage.completion_tokens,
                 time.time(),
+                requests=requests,
             )
         )
 

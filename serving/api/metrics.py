@@ -56,7 +56,7 @@ class Metrics:
         self._first.observe(seconds)
 
     def used(self, usage: Usage) -> None:
-        """A request's tokens."""
+        """Tokens of a request."""
         self._tokens.labels(self._gateway, "prompt").inc(usage.prompt_tokens)
         self._tokens.labels(self._gateway, "cached").inc(usage.cached_tokens)
         self._tokens.labels(self._gateway, "completion").inc(usage.completion_tokens)

@@ -18,7 +18,8 @@ class Served:
     ``begun`` has the keys of asks that went to an engine, ``running`` the ticket of the portion that runs where it is
     one of several, and the ``completion_tokens`` of those before it.
     ``cached`` is what the prefix cache held of a prompt, by its key and sample, or for all its samples together, of
-    whatever has come. One that ``failed`` before anything came has used nothing.
+    whatever has come. One that ``failed`` before anything came has used nothing. ``metered`` is what was told of its
+    usage, at ``metered_at``.
     """
 
     rendered: Sequence[Rendered]
@@ -32,6 +33,11 @@ class Served:
     failed: bool = False
     begun: set[int] = field(default_factory=set)
     running: tuple[Ticket, int] | None = None
+    metered: Usage = field(default_factory=Usage)
+    metered_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.metered_at = self.started
 
     @property
     def is_truncated(self) -> bool:

@@ -63,8 +63,14 @@ class Desk(Protocol):
         """The request ended."""
 
 
-Meter = Callable[[Caller, str, Usage], None]
-"""Told of each request that ended: who asked, which model, what it used."""
+Meter = Callable[[Caller, str, Usage, int], None]
+"""Told of each request that ended: who asked, which model, what it used, and 1.
+
+A long stream is told in several pieces, of which the first alone counts as a request: the others have 0.
+"""
+
+METER_SECONDS = 5.0
+"""What a stream has used is told so often: its client has that, whatever becomes of the gateway."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,8 @@ class FleetService:
                 async with aclosing(self._pieces(served, portion)) as pieces:
                     async for piece in pieces:
                         yield piece
+                        if time.monotonic() - served.metered_at >= METER_SECONDS:
+                            self._tell(served, model)
             yield End(served.usage, served.is_truncated, served.timing, self._prompts(served))
 
     async def _whole(self, asks: Sequence[Ask], caller: Caller, model: str) -> Answer:
@@ -284,9 +292,7 @@ class FleetService:
         finally:
             usage = served.usage
             self._desk.leave(ticket, Used(usage.prompt_tokens, usage.completion_tokens))
-            if usage.total_tokens:
-                self._meter(caller, model, usage)
-                self._metrics.used(usage)
+            self._tell(served, model)
             if served.first is not None:
                 self._metrics.began(served.first - served.started)
 
@@ -311,6 +317,15 @@ class FleetService:
         finally:
             served.running = None
             self._desk.leave(ticket, Used(ticket.demand.prompt_tokens, served.completion_tokens - before))
+
+    def _tell(self, served: Served, model: str) -> None:
+        """Meter what was not metered yet."""
+        usage = served.usage
+        new = usage.beyond(served.metered)
+        if new.total_tokens:
+            self._meter(served.caller, model, new, 0 if served.metered.total_tokens else 1)
+            self._metrics.used(new)
+        served.metered, served.metered_at = usage, time.monotonic()
 
     def _charge(self, served: Served) -> None:
         for ticket, made in served.made:

@@ -1,4 +1,4 @@
-"""What finished requests used goes to a journal of this machine at once, and from there to the store every second."""
+"""What requests used goes to a journal of this machine at once, and from there to the store every second."""
 
 import logging
 import threading

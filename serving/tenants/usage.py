@@ -1,4 +1,4 @@
-"""What was used: records of finished requests, each counted once, and reports of their sums."""
+"""What was used: records of requests, each counted once, and reports of their sums."""
 
 import datetime
 from collections import defaultdict
@@ -19,10 +19,10 @@ COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens", "requests")
 
 @dataclass(frozen=True, slots=True)
 class UsageRecord:
-    """What a request used that ended ``at`` (seconds since 1970); ``key`` is a public id.
+    """What a request used until ``at`` (seconds since 1970), its end but for long streams; ``key`` is a public id.
 
     ``cached_tokens`` of the ``prompt_tokens`` were found in the prefix cache. ``job`` is empty for what people asked
-    for themselves. ``requests`` is how many the record stands for.
+    for themselves. ``requests`` is how many the record stands for: 0 where an earlier one began the request.
     """
 
     tenant: str

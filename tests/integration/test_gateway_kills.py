@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.api.service import METER_SECONDS
 from tests.server import GATEWAY, Server, is_healthy, running_server
 from tests.serving.tenants.postgres import Postgres, own_server
 
@@ -74,6 +75,25 @@ def test_what_was_answered_is_metered_though_all_gateways_are_killed_at_once(ser
         told.update({name: answer.json()["usage"][name] for name in ("prompt_tokens", "completion_tokens")})
     kill_gateways(server)
     assert used(server, "metered", 20) == told | Counter(requests=20)
+
+
+def test_a_stream_is_metered_although_its_gateway_is_killed(server: Server) -> None:
+    """But for what its last seconds brought."""
+    key = server.new_tenant("streaming")
+    body = SHORT | {"max_tokens": 1_900, "stream": True}
+    headers, begins, early = {"Authorization": f"Bearer {key}"}, time.monotonic(), 0
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
+        for line in answer.iter_lines():
+            seconds = time.monotonic() - begins
+            early += line.startswith("data:") and seconds < METER_SECONDS
+            if seconds > METER_SECONDS + 1:
+                break
+        assert early
+        kill_gateways(server)
+    sums = used(server, "streaming", 1)
+    assert sums["requests"] == 1
+    assert sums["prompt_tokens"] > 0
+    assert early <= sums["completion_tokens"] < 1_900
 
 
 def test_a_limit_holds_though_all_gateways_are_killed(server: Server) -> None:

@@ -78,13 +78,15 @@ class House:
         self.engine = SimulatedEngine(config)
         self.batches: list[MicroBatch] = []
         self.used: list[tuple[str, Usage]] = []
+        self.requests: list[int] = []
         self.desk = desk or Desk()
         self.metrics = Metrics("one")
         engines = Engines(model, FORMAT, "codegen25", whole or self._whole, stream or self._stream)
         self.service = FleetService(engines, self.desk, self._meter, self.metrics)
 
-    def _meter(self, caller: Caller, model: str, usage: Usage) -> None:
+    def _meter(self, caller: Caller, model: str, usage: Usage, requests: int) -> None:
         self.used.append((caller.tenant, usage))
+        self.requests.append(requests)
 
     async def _whole(self, batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
         self.batches.append(batch)

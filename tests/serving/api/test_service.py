@@ -167,6 +167,21 @@ def test_what_is_not_admitted_never_reaches_the_engine() -> None:
     asyncio.run(run())
 
 
+def test_a_long_stream_is_metered_in_pieces_and_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "METER_SECONDS", 0.0)
+
+    async def run() -> None:
+        house = House(instant=False, time_scale=1_000.0)
+        _, _, end = await streamed(house, INFILL)
+        assert house.requests == [1] + [0] * (len(house.used) - 1)
+        assert len(house.used) > 1
+        assert all(usage.total_tokens for _, usage in house.used)
+        for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
+            assert sum(getattr(usage, name) for _, usage in house.used) == getattr(end.usage, name)
+
+    asyncio.run(run())
+
+
 def test_whoever_goes_away_frees_the_engine_and_pays_for_what_was_made() -> None:
     async def run() -> None:
         house = House(instant=False)
