@@ -1,5 +1,6 @@
 """The feeders of a job: filled with units, watched, and replaced when they die."""
 
+import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -59,9 +60,9 @@ class Crew:
         return ray.remote(Feeder).options(num_cpus=0, max_concurrency=2 * MOST_UNITS).remote(self._config)
 
     @property
-    def busy(self) -> bool:
-        """Whether a unit is under way."""
-        return any(seat.units for seat in self._seats)
+    def units(self) -> int:
+        """How many are under way."""
+        return sum(len(seat.units) for seat in self._seats)
 
     def attach(self, deployment: str, app: str, route: Route, *, rows: int) -> None:
         """Let every feeder, and whoever replaces it, call the application's replicas; each has ``rows`` under way."""
@@ -86,11 +87,17 @@ class Crew:
                 ray.get(attached)
 
     def fill(self) -> None:
-        """Hand out units until every feeder has enough."""
-        for seat in self._seats:
-            while self._left and wants_more(list(seat.units.values()), self._file, self._rows):
-                unit = self._left.popleft()
-                seat.units[seat.feeder.run.remote(unit, self._file(unit))] = unit
+        """Hand out units, each to the feeder with the fewest rows, until every feeder has enough."""
+        wanting = [(sum(unit.rows for unit in seat.units.values()), n, seat) for n, seat in enumerate(self._seats)]
+        heapq.heapify(wanting)
+        while self._left and wanting:
+            rows, number, seat = wanting[0]
+            if not wants_more(list(seat.units.values()), self._file, self._rows):
+                heapq.heappop(wanting)
+                continue
+            unit = self._left.popleft()
+            seat.units[seat.feeder.run.remote(unit, self._file(unit))] = unit
+            heapq.heapreplace(wanting, (rows + unit.rows, number, seat))
 
     def _file(self, unit: Unit) -> InputFile:
         return self._files[unit.file] if self._files else NO_FILE

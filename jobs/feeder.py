@@ -38,12 +38,13 @@ class FeederReport:
 class Route:
     """How to call an application: its replicas, each with ``window`` calls of this feeder in flight at first.
 
-    Where there are more than two, they weigh no more than ``room`` tokens. ``block_size`` tokens are a block of the
-    engines' prefix caches.
+    A call is a micro-batch of ``batch_rows`` rows. Where there are more than two, they weigh no more than ``room``
+    tokens. ``block_size`` tokens are a block of the engines' prefix caches.
     """
 
     replicas: int
     window: int
+    batch_rows: int
     block_size: int
     room: float = math.inf
 
@@ -92,7 +93,7 @@ class Feeder:
         self._stopping = False
         self._dispatcher: Dispatcher | None = None
         self._lanes = Lanes(0, 0, 1)
-        self._block_size = 1
+        self._batch_rows = self._block_size = 1
         self._flights: dict[int, Flight] = {}
         self._works: dict[int, UnitWork] = {}
         self._said: list[str] = []
@@ -119,8 +120,8 @@ class Feeder:
         self._dispatcher = Dispatcher(
             call, max_attempts=spec.max_attempts, cache_salt=spec.cache_salt, weight=spec.weight
         )
-        self._lanes = Lanes(route.replicas, route.window, spec.batch_rows, room=route.room)
-        self._block_size = route.block_size
+        self._lanes = Lanes(route.replicas, route.window, route.batch_rows, n=spec.n, room=route.room)
+        self._batch_rows, self._block_size = route.batch_rows, route.block_size
         self._ready.set()
 
     async def widen(self, replicas: int) -> None:
@@ -188,7 +189,7 @@ class Feeder:
 
     async def _answer(self, work: UnitWork) -> None:
         """Let the lanes work off a unit, and journal what is answered meanwhile."""
-        groups, weights = await asyncio.to_thread(work.groups, self._block_size)
+        groups, weights = await asyncio.to_thread(work.groups, self._batch_rows, self._block_size)
         if self._stopping:
             return
         flight = Flight(work, sum(len(batch) for group in groups for batch in group))
@@ -228,13 +229,16 @@ class Feeder:
             self._lanes.settle(ticket, answered=False)
             self._pump()
 
-        requests, waiting, answered = flight.work.requests(ticket.rows), None, False
+        requests, waiting, answered = flight.work.requests(ticket.rows), None, 0
         sending = self._dispatcher.send(requests, self._sampling, lane=ticket.lane, suspected=suspected)
         async for answers in sending:
             for answer in answers:
                 flight.work.answer(answer.result, replica=answer.replica, attempts=answer.attempts)
-            waiting, answered = answers[-1].waiting, True
-        self._lanes.settle(ticket, answered=answered, waiting=waiting)
+            waiting, answered = answers[-1].waiting, answered + len(answers)
+            if answered < len(requests):  # Others take the places of those that are done, however long the rest takes.
+                self._lanes.lighten(ticket, 1 - answered / len(requests))
+                self._pump()
+        self._lanes.settle(ticket, answered=answered > 0, waiting=waiting)
         flight.land(len(ticket.rows))
         self._pump()
 

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 SMALLEST = 8
-"""Rows of a micro-batch at least, when the last ones are cut smaller so that all replicas end together."""
+"""Completions of a micro-batch at least, when the last ones are cut smaller so that all replicas end together."""
 
 MOST_WINDOWS = 4
 """Times its first size that a lane's window may grow to."""
 
 LARGEST = 512
 CALL_SECONDS = 0.25
-"""A call carries several micro-batches, up to ``LARGEST`` rows, where an engine does them in less time than this."""
+"""A call carries several micro-batches, up to ``LARGEST`` completions, where an engine does them in less time."""
 
 MEMORY_SECONDS = 60.0
 """How far back a lane's speed is measured, weights falling with e."""
@@ -30,7 +30,7 @@ Batch = list[int]
 class Ticket:
     """A micro-batch that a lane has taken: rows of a unit and what they weigh, until ``Lanes.settle``.
 
-    Of the lane's window it takes the places of so many rows.
+    Of the lane's window it takes the places of so many rows. The share ``left`` of it is in flight.
     """
 
     lane: int
@@ -38,7 +38,12 @@ class Ticket:
     rows: Batch
     weight: float
     places: int
+    left: float = 1.0
     open: bool = True
+
+    def places_of(self, share: float) -> int:
+        """The places that a share of it takes."""
+        return math.ceil(round(self.places * share, 6))
 
 
 @dataclass(slots=True)
@@ -88,7 +93,8 @@ class _Queue:
 class Lanes:
     """``count`` lanes of at first ``window`` calls in flight, each of micro-batches of at most ``batch_rows`` rows.
 
-    A row weighs what it costs an engine, in any unit: tokens to compute, say. Where so many calls of the first unit's
+    A row weighs what it costs an engine, in any unit: tokens to compute, say; of each row it makes ``n`` completions.
+    Where so many calls of the first unit's
     rows would weigh more than ``room``, windows begin smaller, with two at least. Of units with few rows for a lane a
     window holds more calls.
     """
@@ -99,12 +105,14 @@ class Lanes:
         window: int,
         batch_rows: int,
         *,
+        n: int = 1,
         room: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lanes = [_Lane(window) for _ in range(count)]
         self._first, self._most = window, MOST_WINDOWS * window
-        self._batch_rows = batch_rows
+        self._batch_rows, self._n = batch_rows, n
+        self._smallest, self._largest = max(1, SMALLEST // n), LARGEST // n
         self._room_at_first = room
         self._queues: dict[int, _Queue] = {}
         self._waiting = self._added = 0.0
@@ -133,7 +141,8 @@ class Lanes:
         for run, own in zip(queue.runs, dealt, strict=True):
             for piece in sorted(own, key=lambda piece: -piece.weight / piece.rows):
                 run.extend(reversed(piece.batches) if piece.is_heavier_later else piece.batches)
-        self._queues[unit] = queue
+        if pieces:
+            self._queues[unit] = queue
         self._waiting += total
         if not self._added_rows and total:
             self._narrow(total / sum(piece.rows for piece in pieces))
@@ -162,8 +171,8 @@ class Lanes:
             return None
         queue, run, last = found
         row = self._added / self._added_rows
-        call = max(self._batch_rows, min(LARGEST, int(state.speed * CALL_SECONDS / row)))
-        room = self._room(state, call * row, SMALLEST * row)
+        call = max(self._batch_rows, min(self._largest, int(state.speed * CALL_SECONDS / row)))
+        room = self._room(state, call * row, self._smallest * row)
         if room <= 0:
             return None
         batch = run.pop() if last else run.popleft()
@@ -173,11 +182,13 @@ class Lanes:
                 break
             batch = run.pop() + batch if last else batch + run.popleft()
             weight += queue.weigh(more)
-        fitting = min(call, _fitting(queue, batch, room))
+        fitting = min(call, _fitting(queue, batch, room, self._smallest))
         if fitting < len(batch):
             (run.append if last else run.appendleft)(batch[fitting:])
             batch = batch[:fitting]
             weight = queue.weigh(batch)
+        if not any(queue.runs):
+            del self._queues[queue.unit]
         self._waiting -= weight
         if not state.calls:
             state.since = self._clock()
@@ -191,12 +202,9 @@ class Lanes:
         return next(((q, q.runs[lane], False) for q in self._queues.values() if q.runs[lane]), None)
 
     def _other(self) -> tuple[_Queue, deque[Batch], bool] | None:
-        """The end of the longest run of the oldest unit that has any left."""
-        for queue in self._queues.values():
-            run = max(queue.runs, key=len)
-            if run:
-                return queue, run, True
-        return None
+        """The end of the longest run of the oldest unit that waits."""
+        queue = next(iter(self._queues.values()), None)
+        return None if queue is None else (queue, max(queue.runs, key=len), True)
 
     def _room(self, state: _Lane, call: float, smallest: float) -> float:
         """Weight that the lane may take: any, until so little is left that a slow one would be late with it.
@@ -212,25 +220,36 @@ class Lanes:
         fair = seconds * (state.speed or mean) - state.left(now)
         return fair if fair >= smallest else 0.0 if state.calls else smallest
 
-    def settle(self, ticket: Ticket, *, answered: bool, waiting: int | None = None) -> None:
-        """Give a micro-batch's place in the window back, once.
+    def lighten(self, ticket: Ticket, left: float) -> None:
+        """Give the places of rows back that are answered; the share ``left`` of the micro-batch is in flight still."""
+        if ticket.open:
+            self._give_back(ticket, left, answered=True)
 
-        ``waiting`` rows in the engine's queue say whether it has enough to do: the window grows while fewer than a
-        micro-batch wait, and shrinks while more than three do.
+    def settle(self, ticket: Ticket, *, answered: bool, waiting: int | None = None) -> None:
+        """Give all of a micro-batch's places in the window back, once.
+
+        ``waiting`` completions in the engine's queue say whether it has enough to do: the window grows while fewer than
+        a micro-batch's wait, and shrinks while more than those of three do.
         """
         if not ticket.open:
             return
         ticket.open = False
+        self._give_back(ticket, 0.0, answered=answered)
         state = self._lanes[ticket.lane]
-        state.measure(self._clock(), ticket.weight if answered else 0.0)
-        state.calls, state.weight = state.calls - 1, state.weight - ticket.weight
-        state.places -= ticket.places
+        state.calls -= 1
         if waiting is None:
             return
-        if waiting < self._batch_rows:
+        if waiting < self._batch_rows * self._n:
             state.window = min(state.window + 1, self._most)
-        elif waiting > 3 * self._batch_rows:
+        elif waiting > 3 * self._batch_rows * self._n:
             state.window = max(state.window - 1, 2)
+
+    def _give_back(self, ticket: Ticket, left: float, *, answered: bool) -> None:
+        state, weight = self._lanes[ticket.lane], ticket.weight * (ticket.left - left)
+        state.measure(self._clock(), weight if answered else 0.0)
+        state.weight -= weight
+        state.places -= ticket.places_of(ticket.left) - ticket.places_of(left)
+        ticket.left = left
 
     def drop(self, unit: int) -> int:
         """Forget what waits of a unit; returns how many rows."""
@@ -276,11 +295,11 @@ def _pieces(group: Sequence[tuple[Batch, float]], most: float) -> list[_Piece]:
     return pieces
 
 
-def _fitting(queue: _Queue, batch: Batch, room: float) -> int:
-    """How many of a micro-batch's first rows weigh no more than ``room``, ``SMALLEST`` at least."""
+def _fitting(queue: _Queue, batch: Batch, room: float, smallest: int) -> int:
+    """How many of a micro-batch's first rows weigh no more than ``room``, ``smallest`` at least."""
     total = 0.0
     for count, row in enumerate(batch):
         total += queue.weights[row]
-        if total > room and count >= SMALLEST:
+        if total > room and count >= smallest:
             return count
     return len(batch)

@@ -33,6 +33,9 @@ from serving.protocol import EngineInfo
 ROWS_AHEAD, CACHES_AHEAD = 2, 3
 """Rows in flight for each place in an engine's batch, so that a finished row's successor already waits there."""
 
+LEAST_CALLS = 4
+"""Micro-batches of each replica, so that those of a job of few rows have all something to do, and about as much."""
+
 POLL_SECONDS = 1.0
 DRAIN_SECONDS = 10.0
 """What is in flight may finish for so long after a signal or a failure: less than the 30 s of a spot pre-emption."""
@@ -226,7 +229,7 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
         brood.remember()
         run.started.reached("engine")
         info = service.info
-        route, rows = route_of(service.replicas, info, spec)
+        route, rows = _route(run, crew, left, service)
         before, ran, earlier = service.stats(), run.ran, run.replica_seconds
         crew.attach(DEPLOYMENT, service.name, route, rows=rows)
         run.progress.stage = "running"
@@ -247,22 +250,35 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
         service.release()
 
 
-def route_of(replicas: int, engine: EngineInfo, spec: JobSpec) -> tuple[Route, int]:
+def route_of(
+    replicas: int, engine: EngineInfo, spec: JobSpec, *, rows: float = math.inf, units: float = math.inf
+) -> tuple[Route, int]:
     """How each feeder calls the replicas, and the rows that it needs under way to keep them busy.
 
-    At first all feeders together have ``ROWS_AHEAD`` times what an engine's batch holds in flight to it, but no more
-    than ``CACHES_AHEAD`` times what its KV cache does; as many rows again are prepared meanwhile.
+    Micro-batches ask for ``batch_rows`` completions, or fewer where ``rows`` and ``units`` are all that is left to do
+    and each replica would get less than ``LEAST_CALLS`` of them. At first all feeders together have ``ROWS_AHEAD``
+    times what an engine's batch holds in flight to it, but no more than ``CACHES_AHEAD`` times what its KV cache does;
+    as many rows again are prepared meanwhile.
     """
-    calls = max(3, math.ceil(ROWS_AHEAD * engine.max_num_seqs / spec.batch_rows))
-    window = max(2, math.ceil(calls / spec.feeders))
-    room = CACHES_AHEAD * engine.kv_cache_tokens / spec.feeders if engine.kv_cache_tokens else math.inf
-    return Route(replicas, window, engine.block_size, room), 2 * window * replicas * spec.batch_rows
+    size = max(1, math.ceil(min(spec.batch_rows / spec.n, rows / replicas / LEAST_CALLS)))
+    calls = max(3, math.ceil(ROWS_AHEAD * engine.max_num_seqs / (size * spec.n)))
+    feeders = max(1, min(spec.feeders, units))
+    window = max(2, math.ceil(calls / feeders))
+    room = CACHES_AHEAD * engine.kv_cache_tokens / feeders if engine.kv_cache_tokens else math.inf
+    return Route(replicas, window, size, engine.block_size, room), 2 * window * replicas * size
+
+
+def _route(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> tuple[Route, int]:
+    """That of what is left of a job."""
+    done = run.progress.resumed_rows + run.progress.tally.rows
+    rows, units = run.progress.total - done, crew.units + len(left)
+    return route_of(service.replicas, service.info, run.job.spec, rows=rows, units=units)
 
 
 def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> None:
     started, before = time.monotonic(), run.ran
     try:
-        while crew.busy or left:
+        while crew.units or left:
             crew.fill()
             for tally in crew.gather(POLL_SECONDS):
                 run.finished.add(tally)
@@ -273,7 +289,7 @@ def _watch(run: _Run, crew: Crew, left: deque[Unit], service: fleet.Fleet) -> No
             service.watch(run.progress.fresh_rows, run.watcher.say)
             if service.has_grown():
                 run.watcher.say(f"the fleet has {service.replicas} replicas now")
-                crew.widen(*route_of(service.replicas, service.info, run.job.spec))
+                crew.widen(*_route(run, crew, left, service))
             run.check()
             _check_errors(run.job.spec, run.progress.tally)
     except BaseException:

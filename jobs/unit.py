@@ -197,16 +197,17 @@ class UnitWork:
             remedy="Keep fewer columns (keep_columns), or ask for fewer samples.",
         )
 
-    def groups(self, block_size: int) -> tuple[list[list[list[int]]], list[int]]:
-        """What an engine must answer: micro-batches of rows, cut where they share least, in groups that share nothing.
+    def groups(self, batch_rows: int, block_size: int) -> tuple[list[list[list[int]]], list[int]]:
+        """What an engine must answer: micro-batches of ``batch_rows`` rows at most, in groups that share nothing.
 
-        And what each row costs it: the tokens that it must compute, those of the longest answer included.
+        They are cut where they share least. And what each row costs it: the tokens that it must compute, those of the
+        longest answer included.
         Blocks of its prefix cache hold ``block_size`` tokens. Rows with the same prompt and seeds are sent once.
         """
         with timed(self.live, "order"):
-            return self._groups(block_size)
+            return self._groups(batch_rows, block_size)
 
-    def _groups(self, block_size: int) -> tuple[list[list[list[int]]], list[int]]:
+    def _groups(self, size: int, block_size: int) -> tuple[list[list[list[int]]], list[int]]:
         keys = [b"" if prompt is None else sort_key(prompt) for prompt in self._prompts]
         prompts = [row for row, prompt in enumerate(self._prompts) if prompt is not None]
         order = [prompts[i] for i in prefix_order([keys[row] for row in prompts])]
@@ -217,7 +218,6 @@ class UnitWork:
         weights = [len(key) // TOKEN_BYTES - ideal.get(row, 0) + longest for row, key in enumerate(keys)]
         rows = self._find_twins(keys, order, ideal, block_size)
         self._prompts = [prompt if row in rows else None for row, prompt in enumerate(self._prompts)]
-        size = self._spec.batch_rows
         if self._spec.order == "input":
             left = sorted(rows)
             return [[left[i : i + size] for i in range(0, len(left), size)]] if left else [], weights

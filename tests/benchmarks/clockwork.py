@@ -15,6 +15,7 @@ from jobs.spec import JobSpec
 from serving.batching import Scheduler, Sequence
 from serving.config import RooflineConfig
 from serving.protocol import BATCH_PRIORITY, EngineInfo
+from serving.replica import ANSWER_SECONDS
 
 H100 = RooflineConfig()
 """CodeGen2.5-7B in bfloat16 at its roofline."""
@@ -43,18 +44,23 @@ class Dealt:
     prompt: Callable[[int], Ids[int]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
-    """A micro-batch at a replica, and whose it is."""
+    """A micro-batch at a replica, and whose it is; the share ``left`` of it is not ``told`` of, the last time then."""
 
     ticket: Ticket
     lanes: Lanes
     rows: list[Sequence]
+    told: float
+    left: float = 1.0
 
-    @property
-    def is_done(self) -> bool:
-        """Whether all of its rows are answered."""
-        return all(row.done.done() for row in self.rows)
+    def news(self, now: float) -> bool:
+        """Whether there is something to tell: the end at once, answers before it as often as a replica does."""
+        left = sum(not row.done.done() for row in self.rows) / len(self.rows)
+        if left == self.left or (left and now - self.told < ANSWER_SECONDS):
+            return False
+        self.left, self.told = left, now
+        return True
 
 
 @dataclass
@@ -77,19 +83,20 @@ class _Replica:
         return seconds
 
     def finish_step(self, now: float) -> list[_Call]:
-        """The micro-batches that the step has completed."""
+        """The micro-batches of which there is something to tell."""
         self.end = now
         self.scheduler.finish_step()
-        done = [call for call in self.calls if call.is_done]
-        self.calls = [call for call in self.calls if not call.is_done]
-        return done
+        news = [call for call in self.calls if call.news(now)]
+        self.calls = [call for call in self.calls if call.left]
+        return news
 
 
 class Study:
     """Engines of ``speeds`` times a roofline's, and units that come to the lanes at ``feed`` rows a second.
 
-    ``deal`` makes a unit's work from its number; its answers have 1 to ``max_tokens`` tokens. A call is ``call``
-    seconds under way. Windows begin at ``window`` times the job's.
+    ``deal`` makes a unit's work from its number; its answers have 1 to ``max_tokens`` tokens, but for the share
+    ``runaway`` of them, which have ``longest``. A call is ``call`` seconds under way. Windows begin at ``window`` times
+    the job's.
     """
 
     def __init__(
@@ -100,6 +107,8 @@ class Study:
         feed: float,
         call: float,
         max_tokens: int,
+        runaway: float = 0.0,
+        longest: int = 0,
         roofline: RooflineConfig = H100,
         feeders: int = 1,
         window: float = 1.0,
@@ -110,10 +119,11 @@ class Study:
         calls, room = max(1, round(route.window * window)), route.room * window
         self.now = 0.0
         self._lanes = [
-            Lanes(route.replicas, calls, spec.batch_rows, room=room, clock=lambda: self.now) for _ in range(feeders)
+            Lanes(route.replicas, calls, route.batch_rows, room=room, clock=lambda: self.now) for _ in range(feeders)
         ]
         self._replicas = [_Replica(speed, Scheduler(roofline)) for speed in speeds]
         self._deal, self._feed, self._call, self._max_tokens = deal, feed, call, max_tokens
+        self._runaway, self._longest = runaway, longest
         self._dealt: dict[int, Dealt] = {}
         self._draw = random.Random(seed)
         self._futures = asyncio.new_event_loop()
@@ -171,22 +181,28 @@ class Study:
         rows = [self._sequence(dealt.prompt(row)) for row in ticket.rows]
         for row in rows:
             replica.scheduler.add(row, BATCH_PRIORITY)
-        replica.calls.append(_Call(ticket, lanes, rows))
+        replica.calls.append(_Call(ticket, lanes, rows, self.now))
         if not replica.stepping:
             replica.stepping = True
             self._at(self.now + replica.step(), lambda: self._stepped(replica))
 
     def _sequence(self, prompt: Ids[int]) -> Sequence:
-        return Sequence(prompt, self._draw.randint(1, self._max_tokens), None, self._futures.create_future())
+        runs_away = self._runaway > 0 and self._draw.random() < self._runaway
+        length = self._longest if runs_away else self._draw.randint(1, self._max_tokens)
+        return Sequence(prompt, length, None, self._futures.create_future())
 
     def _stepped(self, replica: _Replica) -> None:
         for call in replica.finish_step(self.now):
             waiting = len(replica.scheduler.waiting)
-            self._at(self.now + self._call / 2, lambda call=call, waiting=waiting: self._answered(call, waiting))
+            told = lambda call=call, left=call.left, waiting=waiting: self._answered(call, left, waiting)  # noqa: E731
+            self._at(self.now + self._call / 2, told)
         replica.stepping = replica.scheduler.busy
         if replica.stepping:
             self._at(self.now + replica.step(), lambda: self._stepped(replica))
 
-    def _answered(self, call: _Call, waiting: int) -> None:
-        call.lanes.settle(call.ticket, answered=True, waiting=waiting)
+    def _answered(self, call: _Call, left: float, waiting: int) -> None:
+        if left:
+            call.lanes.lighten(call.ticket, left)
+        else:
+            call.lanes.settle(call.ticket, answered=True, waiting=waiting)
         self._pump()

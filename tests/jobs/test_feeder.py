@@ -29,7 +29,7 @@ def test_what_a_call_raises_ends_the_unit_whatever_it_is(write_rows: WriteRows) 
 
     async def main() -> None:
         feeder = Feeder(feeder_config(job, beginning=ledger.beginning, lease=lease.number))
-        feeder.connect(broken, Route(replicas=1, window=2, block_size=16))
+        feeder.connect(broken, Route(replicas=1, window=2, batch_rows=64, block_size=16))
         (unit,) = plan_units(job.inputs.files, rows_per_part=10)
         await asyncio.wait_for(feeder.run(unit, job.inputs.files[0]), 20)
 

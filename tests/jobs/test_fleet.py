@@ -1,5 +1,9 @@
+import random
+from array import array
+
 import pytest
 
+from tests.benchmarks.clockwork import H100, Dealt, Study
 from tests.benchmarks.fleet import main, study
 
 
@@ -23,6 +27,19 @@ def test_more_places_than_the_cache_has_room_for_change_nothing() -> None:
     told = study(8, 60.0, feed=5_000.0, call=0.02, slowest=0.25, feeders=1, places=1_024)
     assert told["ends within"] < 0.06
     assert told["of steady"] > 0.96
+
+
+def test_answers_that_run_to_their_longest_keep_no_places_of_others() -> None:
+    """One in fifty, as of a model that does not always end: their calls last as long as they do, their places not."""
+    roofline = H100.model_copy(update={"max_num_seqs": 1_024, "kv_cache_tokens": 990_000, "kv_bytes_per_token": 57_344})
+    rows, draw = 10_000, random.Random(1)
+
+    def deal(_: int) -> Dealt:
+        groups = [[list(range(at, min(at + 64, rows)))] for at in range(0, rows, 64)]
+        return Dealt(groups, [2_348.0] * rows, lambda row: array("i", [draw.getrandbits(30)]) * 300)
+
+    study = Study([1.0], deal, feed=5_000.0, call=0.02, max_tokens=60, runaway=0.02, longest=2_048, roofline=roofline)
+    assert study.run([rows])["mean_running"] > 600
 
 
 @pytest.mark.parametrize("wrong", [["--slowest", "3"], ["--slowest", "0"], ["--study", "0"], []])

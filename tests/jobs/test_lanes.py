@@ -6,6 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.lanes import Lanes, Ticket
+from jobs.runner import route_of
+from jobs.spec import JobSpec
+from serving.protocol import EngineInfo
 
 GROUPS = st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=5), max_size=12)
 
@@ -72,6 +75,45 @@ def test_the_window_bounds_what_is_in_flight_and_follows_the_engines_queue() -> 
     assert lanes.take(0) is None
     lanes.settle(second, answered=True, waiting=100)
     assert lanes.take(0) is None, "much waited: two are enough"
+
+
+def test_the_places_of_rows_that_are_answered_are_given_to_others() -> None:
+    now = itertools.count()
+    lanes = Lanes(1, 2, 4, clock=lambda: float(next(now)))
+    lanes.add(0, groups_of([[4] * 10]), EVEN)
+    first, second = lanes.take(0), lanes.take(0)
+    assert first
+    assert second
+    lanes.lighten(first, 0.5)
+    assert lanes.take(0), "two of eight places are free"
+    assert lanes.take(0) is None
+    lanes.lighten(first, 0.25)
+    lanes.lighten(second, 0.25)
+    assert lanes.take(0), "six places are taken"
+    assert lanes.take(0) is None
+    for ticket in (first, first, second):
+        lanes.settle(ticket, answered=True)
+    lanes.lighten(first, 0.0)
+    assert lanes.take(0) is None, "the later two have all eight, no place was given back twice"
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "replicas"), [(164, 200, 8), (64, 16, 8), (10, 100, 8), (3_000, 1, 100), (7, 1, 8)]
+)
+def test_a_small_job_has_something_for_every_replica(rows: int, n: int, replicas: int) -> None:
+    spec = JobSpec(input="", output="", n=n, temperature=1.0)
+    route, _ = route_of(replicas, EngineInfo("vllm", "", 2_048, 256, 16, 117_000), spec, rows=rows, units=1)
+    lanes = Lanes(replicas, route.window, route.batch_rows, n=n, room=route.room)
+    left, size = rows, route.batch_rows
+    batches = []
+    while left:
+        batches.append(min(left, size))
+        left -= batches[-1]
+    lanes.add(0, groups_of([batches]), [1.0] * rows)
+    taken = [len(ticket.rows) for lane in range(replicas) if (ticket := lanes.take(lane))]
+    assert len(taken) == min(rows, replicas)
+    assert max(taken) * replicas <= rows + 4 * replicas
+    assert route.window * route.batch_rows * n >= 512
 
 
 def test_small_calls_fill_a_window_as_well() -> None:

@@ -91,7 +91,7 @@ class LocalFeeder(Feeder):
             asked = (simulated.generate(request, batch.sampling) for request in batch.requests)
             yield MicroBatchResult("local", tuple(await asyncio.gather(*asked)))
 
-        self.connect(call, Route(replicas=1, window=2, block_size=16))
+        self.connect(call, Route(replicas=1, window=2, batch_rows=4, block_size=16))
 
 
 def run(values: dict[str, Any], doing: Doing, kill: Kill | None) -> None:

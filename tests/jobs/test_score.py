@@ -289,7 +289,7 @@ def use_this_process(monkeypatch: pytest.MonkeyPatch, calls: int | None = None) 
             yield MicroBatchResult("local", tuple(found))
 
         feeder = Feeder(feeder_config(run.job, beginning=run.ledger.beginning, lease=run.lease.number))
-        feeder.connect(call, Route(replicas=1, window=2, block_size=16))
+        feeder.connect(call, Route(replicas=1, window=2, batch_rows=64, block_size=16))
         return await asyncio.gather(*(feeder.run(unit, run.job.inputs.files[unit.file]) for unit in units))
 
     monkeypatch.setattr(runner, "_feed", feed)
