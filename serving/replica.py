@@ -36,7 +36,7 @@ T = TypeVar("T")
 STREAM_SECONDS = 0.02
 """Between two messages of a stream: what comes faster comes together, since messages cost more than tokens."""
 
-ANSWER_SECONDS = 2.0
+ANSWER_SECONDS = 1.0
 """A row that is done waits at most so long for its neighbours in the micro-batch: only what has come can be kept."""
 
 
