@@ -340,7 +340,7 @@ class UnitReader:
                 widest = row_bytes(source, parquet.metadata.row_group(number), self._columns)
                 rows = max(1, min(rows, self._most // max(1, widest)))
             for batch in parquet.iter_batches(rows, row_groups=[number], columns=self._columns):
-                yield from _halved(batch, self._most)
+                yield from [batch] if self._most is None else halved(batch, batch.schema.names, self._most)
             at = stop
 
     def _take(self, file: InputFile, start: int, stop: int) -> Iterator[pa.RecordBatch]:
@@ -358,14 +358,17 @@ class UnitReader:
                 yield batch.slice(skip, keep - skip)
 
 
-def _halved(batch: pa.RecordBatch, most: int | None) -> Iterator[pa.RecordBatch]:
-    """A batch in parts that hold ``most`` bytes at most, or are one row: one may be a thousand times the others."""
-    if most is None or batch.num_rows <= 1 or held_bytes(batch) <= most:
+def halved(batch: pa.RecordBatch, columns: Sequence[str], most: int) -> Iterator[pa.RecordBatch]:
+    """A batch in parts whose ``columns`` hold ``most`` bytes at most, or are one row.
+
+    One row may have a thousand times what others have. Of text in views each part would seem to hold all.
+    """
+    if batch.num_rows <= 1 or held_bytes(batch.select(columns)) <= most:
         yield batch
         return
     middle = batch.num_rows // 2
-    yield from _halved(batch.slice(0, middle), most)
-    yield from _halved(batch.slice(middle), most)
+    yield from halved(batch.slice(0, middle), columns, most)
+    yield from halved(batch.slice(middle), columns, most)
 
 
 def held_bytes(batch: pa.RecordBatch) -> int:

@@ -14,21 +14,21 @@ from jobs.lease import check_lease
 from jobs.ledger import Ledger, Report
 from jobs.order import TOKEN_BYTES, cut, grouped, ideal_cached_tokens, prefix_order, sort_key
 from jobs.plan import InputFile, Unit
-from jobs.reader import UnitReader, check_untouched, held_bytes, origins
+from jobs.reader import UnitReader, check_untouched, halved, held_bytes, origins
 from jobs.rows import PromptFacts, facts_of, output_columns, role_values, row_prompts, row_seeds, row_untils, to_samples
 from jobs.score import nothing_scored, score_columns, score_prompts
 from jobs.spec import JobSpec
 from jobs.store import Location, delete, exists, patient
 from jobs.tally import Tally, count, timed
 from jobs.windows import Windows, scored_sample, window_sizes, windows
-from jobs.writer import error_columns, part_writer, passed_through
+from jobs.writer import error_columns, part_writer, passed_through, plain
 from serving.errors import InputChangedError, InputError, StorageError
 from serving.formats import Format, Prompt
 from serving.protocol import Request, Result
 
 EXAMPLES = 3
 BATCH_BYTES = 256 << 20
-"""Of rows that are read at once, where their texts are bounded too."""
+"""Of rows that are written at once, once for each sample; where their texts are bounded, of those read at once too."""
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,8 @@ class UnitWork:
         part = self._ledger.part(self.unit.index)
         with part_writer(part, self._spec.compression, self._config.metadata, once=True) as writer:
             for batch, first in self._batches():
-                writer.write(self._table(batch, first, tally))
+                for table in self._tables(batch, first, tally):
+                    writer.write(table)
             files[f"data/{part.name}"] = writer.close()
             check_lease(self._config.output, self._config.lease)
             files |= self._write_errors(tally)
@@ -378,17 +379,20 @@ class UnitWork:
             return {f"errors/{errors.name}": writer.close()}
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """The unit's rows and the number of the first, as many at once as may be copied once for each sample."""
         if self.unit.rows == 0:
             yield pa.RecordBatch.from_pylist([], self._config.schema), 0
-        first, digest = 0, InputDigest(self._digested)
-        for batch in self._config.reader().read(self._file, self.unit):
-            digest.add(batch)
-            yield batch, first
-            first += batch.num_rows
+        first, digest, kept = 0, InputDigest(self._digested), self._config.kept
+        for whole in self._config.reader().read(self._file, self.unit):
+            digest.add(whole)
+            for batch in halved(plain(whole, kept), kept, BATCH_BYTES // self._spec.n):
+                yield batch, first
+                first += batch.num_rows
         if digest.hexdigest() != self._digest:
             raise self._changed("when its prompts were made")
 
-    def _table(self, batch: pa.RecordBatch, first: int, tally: Tally) -> pa.Table:
+    def _tables(self, batch: pa.RecordBatch, first: int, tally: Tally) -> Iterator[pa.Table]:
+        """What a batch becomes: one table, or several where a row alone is too much to hold once for each sample."""
         rows, samples, facts = list[int](), list[Sample](), list[PromptFacts]()
         sources = origins(batch, self._file, self.unit.start + first)
         for row in range(batch.num_rows):
@@ -399,8 +403,13 @@ class UnitWork:
             rows += [row] * len(found)
             samples += found
             facts += [fact] * len(found)
-        added = self._added(batch, rows, facts, samples, [sources[row] for row in rows], tally)
-        return pa.table(passed_through(batch, self._config.kept, rows) | added)
+        kept = self._config.kept
+        at_once = max(1, BATCH_BYTES * batch.num_rows // max(1, held_bytes(batch.select(kept))))
+        for start in range(0, max(1, len(rows)), at_once):
+            some = slice(start, start + at_once)
+            origin = [sources[row] for row in rows[some]]
+            added = self._added(batch, rows[some], facts[some], samples[some], origin, tally)
+            yield pa.table(passed_through(batch, kept, rows[some]) | added)
 
     def _added(
         self,

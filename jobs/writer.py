@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,6 +82,12 @@ def passed_through(batch: pa.RecordBatch, columns: Iterable[str], rows: Sequence
     """The input's columns at ``rows``, a row as often as it is named."""
     indices = pa.array(rows, pa.int64())
     return {name: storable(batch.column(name)).take(indices) for name in columns}
+
+
+def plain(batch: pa.RecordBatch, columns: Collection[str]) -> pa.RecordBatch:
+    """The batch with these columns as they are stored."""
+    names = batch.schema.names
+    return pa.record_batch({n: storable(batch.column(n)) if n in columns else batch.column(n) for n in names})
 
 
 def storable(column: pa.Array) -> pa.Array:

@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -56,3 +57,26 @@ def test_a_row_whose_columns_its_samples_would_repeat_too_often_is_an_error_row(
     (error,) = pq.read_table(source.with_name("out") / "errors").to_pylist()
     assert (manifest["rows"], manifest["errors"], error["source_row"]) == (8, 1, 1)
     assert "with n = 4, more than 8,000" in error["error_message"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view()], ids=str)
+def test_rows_of_long_texts_are_written_a_few_at_a_time_and_one_alone_by_samples(
+    write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: pa.DataType
+) -> None:
+    """All 1,024 rows of a batch, 64 times each, are more than a column of text can hold."""
+    texts = ["x" * 10, "y" * 3_000, *("z" * 900 for _ in range(6))]
+    source = write_rows(id=range(8), prefix=list("abcdefgh"), text=pa.array(texts).cast(kind))
+    use_this_process(monkeypatch)
+    found = []
+    for most in (256 << 20, 8_000):
+        monkeypatch.setattr("jobs.unit.BATCH_BYTES", most)
+        told = {"input": str(source), "output": str(tmp_path / f"out-{most}"), "engine": "instant", "max_tokens": 1}
+        run_job(JobSpec.parse(told | {"n": 4, "temperature": 1.0}))
+        (part,) = (tmp_path / f"out-{most}" / "data").iterdir()
+        groups = pq.ParquetFile(part)
+        found.append([groups.read_row_group(number) for number in range(groups.num_row_groups)])
+    (whole,), pieces = found
+    assert pa.concat_tables(pieces).equals(whole)
+    assert whole["text"].to_pylist() == [text for text in texts for _ in range(4)]
+    assert [piece.num_rows for piece in pieces] == [4, 2, 2, 8, 8, 8]
+    assert all(piece.nbytes < 9_000 for piece in pieces)
