@@ -5,18 +5,23 @@ thought dead can do no harm: segments of a job that was since begun anew are ign
 and of two answers to one row the one in the segment of the smaller name.
 """
 
+import array
 import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from jobs.store import Location, delete, delete_folder, list_files, publish_bytes, read_bytes
 
 INPUT_KEY = b"spanfill.input"
 JOB_KEY = b"spanfill.job"
+REPLAYED_AT_ONCE = 1_024
+"""Samples of a segment that are Python's numbers at a time."""
+
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -40,11 +45,12 @@ class Sample:
     """What the engine made of one sample of one row: the least that must survive a kill. ``row`` is the file's.
 
     ``sum_logprob`` is the natural logarithm of the likelihood of the row's ``scored`` tokens, where they are scored.
+    The ``token_ids`` of an answer are a 32-bit array, a tenth of a list's bytes: all are held until its part is out.
     """
 
     row: int
     sample: int
-    token_ids: list[int]
+    token_ids: Sequence[int]
     stop_token_id: int | None = None
     mean_logprob: float | None = None
     sum_logprob: float | None = None
@@ -80,7 +86,8 @@ class Journal:
         """Publish one segment of rows that were made from an input of this ``digest``; raises ``StorageError``."""
         if not samples:
             return
-        columns = {name: [getattr(sample, name) for sample in samples] for name in SCHEMA.names}
+        columns = {name: [getattr(sample, name) for sample in samples] for name in SCHEMA.names if name != "token_ids"}
+        columns["token_ids"] = token_lists(samples)
         schema = SCHEMA.with_metadata({INPUT_KEY: digest.encode(), JOB_KEY: self._job.encode()})
         sink = io.BytesIO()
         batch = pa.record_batch(columns, schema=schema)
@@ -101,8 +108,8 @@ class Journal:
                 damaged.append(name)
             elif (table := self._table(data)) is not None:
                 digests.add(table.schema.metadata[INPUT_KEY].decode())
-                for row in table.to_pylist():
-                    key, sample = (row["row"], row["sample"]), Sample(**row)
+                for sample in _samples(table):
+                    key = (sample.row, sample.sample)
                     if key not in samples or (samples[key].error_code and not sample.error_code):
                         samples[key] = sample
         return Replay(list(samples.values()), digests, damaged)
@@ -135,6 +142,21 @@ class Journal:
     def drop(self) -> None:
         """Forget the segments once the unit's part is out."""
         delete_folder(self._folder)
+
+
+def token_lists(samples: Sequence[Sample]) -> pa.ListArray:
+    """The samples' token ids as a column, made without a Python number for each of them."""
+    ids, ends = array.array("i"), array.array("i", [0])
+    for sample in samples:
+        ids.extend(sample.token_ids)
+        ends.append(len(ids))
+    return pa.ListArray.from_arrays(*(pa.array(np.frombuffer(numbers, np.int32)) for numbers in (ends, ids)))
+
+
+def _samples(table: pa.Table) -> Iterator[Sample]:
+    for batch in table.to_batches(max_chunksize=REPLAYED_AT_ONCE):
+        for row in batch.to_pylist():
+            yield Sample(**row | {"token_ids": array.array("i", row["token_ids"])})
 
 
 def _is_whole(name: str, data: bytes) -> bool:

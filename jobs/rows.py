@@ -1,5 +1,6 @@
 """One row's way, without I/O: its seed, its prompt, and from the engine's answer to the columns of the output."""
 
+import array
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.journal import Sample
+from jobs.journal import Sample, token_lists
 from jobs.reader import TooLong, is_text, short_texts, texts
 from jobs.spec import ROLES, JobSpec
 from jobs.tally import Tally, count
@@ -115,10 +116,8 @@ def to_samples(result: Result, row: int, *, replica: str, attempts: int) -> list
         error = Sample(row, 0, [], replica=replica, attempts=attempts)
         error.error_code, error.error_message = result.error_code, result.error_message
         return [error]
-    samples = [
-        Sample(row, number, c.token_ids, c.stop_token_id, _mean(c.logprobs), replica=replica, attempts=attempts)
-        for number, c in enumerate(result.completions)
-    ]
+    told = [(array.array("i", c.token_ids), c.stop_token_id, _mean(c.logprobs)) for c in result.completions]
+    samples = [Sample(row, number, *made, replica=replica, attempts=attempts) for number, made in enumerate(told)]
     samples[0].cached_tokens = result.cached_tokens
     return samples
 
@@ -158,7 +157,7 @@ def output_columns(
     }
     extra = {
         "mean_logprob": lambda: pa.array([s.mean_logprob for s in samples], pa.float32()),
-        "token_ids": lambda: pa.array([s.token_ids for s in samples], pa.list_(pa.int32())),
+        "token_ids": lambda: token_lists(samples),
         "source_file": lambda: pa.array([name for name, _ in sources], pa.string()),
         "source_row": lambda: pa.array([row for _, row in sources], pa.int64()),
     }

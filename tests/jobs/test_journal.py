@@ -1,10 +1,13 @@
+import array
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.journal import Journal, Sample
+from jobs.journal import REPLAYED_AT_ONCE, Journal, Sample
 from jobs.store import locate
 
 
@@ -18,7 +21,7 @@ SAMPLES = st.lists(
         Sample,
         row=st.integers(0, 1 << 40),
         sample=st.integers(0, 9),
-        token_ids=st.lists(st.integers(0, 51_199), max_size=5),
+        token_ids=st.lists(st.integers(0, 51_199), max_size=5).map(partial(array.array, "i")),
         stop_token_id=st.none() | st.just(50_318),
         error_code=st.none() | st.just("engine_dead"),
         error_message=st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
@@ -64,7 +67,8 @@ def test_rows_that_two_writers_answered_count_once(tmp_path: Path) -> None:
     book = journal(tmp_path)
     book.publish([Sample(0, 0, [1], replica="one")], "digest")
     book.publish([Sample(0, 0, [1], replica="two"), Sample(1, 0, [2], replica="two")], "digest")
-    assert [(s.row, s.token_ids) for s in sorted(book.replay().samples, key=lambda s: s.row)] == [(0, [1]), (1, [2])]
+    found = sorted(book.replay().samples, key=lambda s: s.row)
+    assert [(s.row, list(s.token_ids)) for s in found] == [(0, [1]), (1, [2])]
 
 
 def test_dropped_segments_are_gone(tmp_path: Path) -> None:
@@ -82,3 +86,12 @@ def test_an_answer_counts_before_an_error_whatever_their_segments_are_called(tmp
         book.publish([Sample(row, 0, [row])], "digest")
     assert all(sample.error_code is None for sample in book.replay().samples)
     assert book.peek() == (20, {})
+
+
+def test_token_ids_are_replayed_as_four_bytes_each(tmp_path: Path) -> None:
+    book = journal(tmp_path)
+    book.publish([Sample(row, 0, range(1_000, 1_128)) for row in range(REPLAYED_AT_ONCE + 1)], "digest")
+    samples = book.replay().samples
+    assert [sample.row for sample in samples] == list(range(REPLAYED_AT_ONCE + 1))
+    assert all(list(sample.token_ids) == list(range(1_000, 1_128)) for sample in samples)
+    assert all(sys.getsizeof(sample.token_ids) < 5 * 128 for sample in samples)

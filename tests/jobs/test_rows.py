@@ -1,5 +1,6 @@
 """From a row to its seeds, and from an engine's answer to the columns of the output."""
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +79,13 @@ def test_an_engines_error_is_one_sample_and_logprobs_are_averaged() -> None:
     done = Result(3, (Completion([1, 2], "stop", EOM, [-1.0, -3.0]), Completion([1], "length")))
     samples = to_samples(replace(done, cached_tokens=16), 9, replica="r", attempts=1)
     assert [(s.sample, s.mean_logprob, s.cached_tokens) for s in samples] == [(0, -2.0, 16), (1, None, 0)]
+
+
+def test_what_is_kept_of_an_answer_has_four_bytes_a_token() -> None:
+    ids = list(range(1_000, 1_128))
+    (sample,) = to_samples(Result(3, (Completion(ids, "length"),)), 9, replica="r", attempts=2)
+    assert (list(sample.token_ids), sample.attempts) == (ids, 2)
+    assert sys.getsizeof(sample.token_ids) < 5 * len(ids)
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.dictionary(pa.int32(), pa.large_string())])
