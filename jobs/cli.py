@@ -172,7 +172,7 @@ def summary(manifest: dict[str, Any], spec: "JobSpec") -> None:
         f"(ideal: {manifest['ideal_hit_share']:.1%}; {manifest['engine']} engine)",
         highlight=False,
     )
-    if manifest["input_rows"] > spec.rows_per_part and spec.order == "prefix":
+    if manifest["input_rows"] > spec.unit_rows and spec.order == "prefix":
         console.print(
             "the ideal is that of each part; if rows that share a prompt's beginning are scattered over the input, "
             "--order global brings them together",

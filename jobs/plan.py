@@ -10,6 +10,12 @@ import pyarrow as pa
 UNIT_BYTES = 256 << 20
 """A unit's uncompressed input at most, so that rows of megabytes do not fill the memory."""
 
+UNIT_TOKENS = 64 << 20
+"""Tokens of a unit's samples at most, 256 MiB: they are held until its part is written."""
+
+SAMPLE_TOKENS = 64
+"""What else is held of a sample weighs as much as so many tokens."""
+
 SCHEMA = pa.schema([("file", pa.int32()), ("start", pa.int64()), ("stop", pa.int64()), ("retries", pa.int32())])
 
 

@@ -52,7 +52,7 @@ def _facts(plan: Plan) -> Iterator[str]:
         yield f"equal prompts: {s.twin_share:.1%} of the rows take another's answer where nothing is sampled"
     yield (
         f"shared by prefix, at best: {s.cached_share:.1%} of the prompt tokens inside units of "
-        f"{plan.spec.rows_per_part:,} rows, {s.cached_share_all:.1%} over the whole sample (blocks of {s.block_size})"
+        f"{plan.spec.unit_rows:,} rows, {s.cached_share_all:.1%} over the whole sample (blocks of {s.block_size})"
     )
     stops = f", and a stop token of {load.stop_share:.0%} of them" if load.stop_share else ""
     each = "completion" if s.n > 1 else "row"

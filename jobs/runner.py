@@ -174,7 +174,7 @@ def _plan(job: Job, ledger: Ledger, watcher: Watcher, check: Callable[[], None])
         gather(spec, load_format(job.format_name, tokenizer_of=spec.model), job.inputs, job.output, check=check)
         job = replace(job, inputs=replace(inputs_of(spec, job.output), ignored=job.inputs.ignored))
     with writing_is_possible():
-        planned = plan_units(job.inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
+        planned = plan_units(job.inputs.files, rows_per_part=spec.unit_rows, limit=spec.limit)
         units = ledger.plan(job.inputs.files, planned)
         if spec.retry_errors:
             units = plan_retries(ledger, units)

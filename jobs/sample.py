@@ -95,7 +95,7 @@ def read_sample(spec: JobSpec, *, sample: int) -> Sample:
     model = resolve_model(spec.model, format=spec.format, revision=spec.revision, weights=False)
     context = spec.max_model_len or model.context
     spec, fmt, inputs = open_input(spec, model.format, context)
-    units = plan_units(inputs.files, rows_per_part=spec.rows_per_part, limit=spec.limit)
+    units = plan_units(inputs.files, rows_per_part=spec.unit_rows, limit=spec.limit)
     taken = stretches(units, sample=sample)
     return _measure(spec, inputs, taken, [_prompts(spec, fmt, context, inputs, unit) for unit in taken])
 

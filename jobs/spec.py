@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from jobs.plan import SAMPLE_TOKENS, UNIT_TOKENS
 from jobs.store import PATIENCE_SECONDS
 from serving.config import EngineConfig, EngineKind, Frozen
 from serving.engine_args import SPEED_ARGUMENTS
@@ -145,6 +146,11 @@ class JobSpec(Frozen):
     def answer_tokens(self) -> int:
         """Tokens that an engine makes of a sample at most: one where it scores, since vLLM makes one at least."""
         return 1 if self.task == "score" else self.max_tokens
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of a unit at most: fewer than ``rows_per_part`` where all of their samples are too much to hold."""
+        return max(1, min(self.rows_per_part, UNIT_TOKENS // (self.n * (self.answer_tokens + SAMPLE_TOKENS))))
 
     @property
     def cache_salt(self) -> str | None:

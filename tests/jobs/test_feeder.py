@@ -80,3 +80,22 @@ def test_rows_of_long_texts_are_written_a_few_at_a_time_and_one_alone_by_samples
     assert whole["text"].to_pylist() == [text for text in texts for _ in range(4)]
     assert [piece.num_rows for piece in pieces] == [4, 2, 2, 8, 8, 8]
     assert all(piece.nbytes < 9_000 for piece in pieces)
+
+
+def test_units_of_many_samples_are_small_and_a_begun_job_keeps_its_own(
+    write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = write_rows(prefix=list("abcdefgh")), tmp_path / "out"
+    told = {"input": str(source), "output": str(output), "engine": "instant", "max_tokens": 1, "temperature": 1.0}
+    spec = JobSpec.parse(told | {"n": 4})
+    monkeypatch.setattr("jobs.spec.UNIT_TOKENS", 3 * 4 * 65)
+    use_this_process(monkeypatch, calls=1)
+    with pytest.raises(LookupError):
+        run_job(spec)
+    for tokens, parts in ((2 * 4 * 65, 3), (64 << 20, 3)):
+        monkeypatch.setattr("jobs.spec.UNIT_TOKENS", tokens)
+        use_this_process(monkeypatch)
+        run_job(spec)
+        assert len(list((output / "data").iterdir())) == parts
+    run_job(spec.model_copy(update={"overwrite": True}))
+    assert len(list((output / "data").iterdir())) == 1

@@ -51,6 +51,24 @@ def test_speculation_is_another_job() -> None:
     assert job_fingerprint(engine_args={"speculative_config": drafts}) != job_fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({}, 10_000),
+        ({"max_tokens": 2_048}, 10_000),
+        ({"n": 16}, 10_000),
+        ({"rows_per_part": 5}, 5),
+        ({"n": 100}, 3_495),
+        ({"n": 1_024, "max_tokens": 8}, 910),
+        ({"n": 1_024, "max_tokens": 100_000}, 1),
+    ],
+)
+def test_a_unit_has_fewer_rows_where_all_of_their_samples_are_too_much_to_hold(
+    options: dict[str, Any], rows: int
+) -> None:
+    assert JobSpec.parse({"input": "in", "output": "out", "temperature": 1.0} | options).unit_rows == rows
+
+
 COLUMNS = ["id", "prefix", "suffix"]
 SPELLINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"limit": 100}, {}),
