@@ -83,16 +83,20 @@ class _Run:
     progress: Progress
     recheck: Recheck
     started: StartUp
+    alone: bool
     finished: Tally = field(default_factory=Tally)
     ran: float = 0.0
     replica_seconds: float = 0.0
     told: dict[str, Any] = field(default_factory=dict)
 
 
-def run_job(spec: JobSpec, *, watcher: Watcher | None = None, startup: StartUp | None = None) -> dict[str, Any]:
+def run_job(
+    spec: JobSpec, *, watcher: Watcher | None = None, startup: StartUp | None = None, alone: bool = False
+) -> dict[str, Any]:
     """Run a job to its end, or go on with an interrupted one; returns the manifest.
 
-    ``startup`` counts from an earlier beginning than this call, that of a command's process.
+    ``startup`` counts from an earlier beginning than this call, that of a command's process. With ``alone`` the job
+    joins no fleet, and raises ``ResourceError`` where there is no room for engines of its own.
     Raises a ``UsageError`` before anything is started (``JobHeldError`` when another runner has the folder),
     ``InterruptedJobError`` on SIGINT or SIGTERM, ``TooManyErrorsError`` beyond ``max_error_rate``, ``StorageError``,
     ``InputChangedError`` or ``EngineError`` when it cannot go on. What is finished then stays, and running the same
@@ -107,13 +111,13 @@ def run_job(spec: JobSpec, *, watcher: Watcher | None = None, startup: StartUp |
             ledger.refuse_others(job.identity, resume=spec.resume, overwrite=spec.overwrite)
             lease = Lease.take(job.output, say=watcher.say, check=signals.check)
         try:
-            return _run(job, ledger, lease, signals, watcher, startup)
+            return _run(job, ledger, lease, signals, watcher, startup, alone)
         finally:
             lease.release()
 
 
 def _run(
-    job: Job, ledger: Ledger, lease: Lease, signals: Signals, watcher: Watcher, startup: StartUp
+    job: Job, ledger: Ledger, lease: Lease, signals: Signals, watcher: Watcher, startup: StartUp, alone: bool
 ) -> dict[str, Any]:
     started = time.monotonic()
 
@@ -134,7 +138,7 @@ def _run(
     lease.tell(total=progress.total, rows=progress.resumed_rows, rows_per_second=0.0, error_codes={})
     recheck = Recheck(ledger, earlier)
     startup.reached("plan")
-    run = _Run(job, ledger, lease, check, watcher, progress, recheck, startup)
+    run = _Run(job, ledger, lease, check, watcher, progress, recheck, startup, alone)
     try:
         while left or _redo(run, left, recheck.wait(run.check)):
             _feed(run, left)
@@ -224,7 +228,9 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
     run.progress.stage = "starting the engine"
     watcher.update(run.progress)
     replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
-    service = fleet.join_or_start(job.engine, replicas, embedded=embedded, say=watcher.say, check=run.check)
+    service = fleet.join_or_start(
+        job.engine, replicas, embedded=embedded, alone=run.alone, say=watcher.say, check=run.check
+    )
     try:
         brood.remember()
         run.started.reached("engine")

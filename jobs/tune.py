@@ -74,8 +74,9 @@ def tune(
     """Find engine arguments that infill a sample of ``spec.input`` faster; ``spec.engine_args`` are the baseline.
 
     The sample has ``rows`` rows, or ``GPU_ROWS`` where vLLM is the one for GPUs and ``ROWS`` elsewhere. The baseline
-    runs first, three times; after ``minutes`` no trial is begun. ``tell`` is called after each, ``watcher`` hears what
-    the runs say. Raises what ``run_job`` raises when the baseline itself cannot run.
+    runs first, three times; after ``minutes`` no trial is begun. Each has engines of its own, whatever fleet runs.
+    ``tell`` is called after each, ``watcher`` hears what the runs say. Raises what ``run_job`` raises when the baseline
+    itself cannot run.
     """
     job, gpu, deadline = prepare_job(spec), is_gpu_build(), clock() + 60 * minutes
     length, wanted = job.engine.max_model_len, rows or (GPU_ROWS if gpu and spec.engine == "vllm" else ROWS)
@@ -96,7 +97,8 @@ def tune(
 def _run(spec: JobSpec, sample: Path, settings: Settings, watcher: Watcher | None) -> Figures:
     paths = {"input": str(sample), "output": str(sample.with_name("out"))}
     once = {"limit": None, "keep_columns": None, "overwrite": True, "resume": True, "retry_errors": False}
-    manifest = run_job(JobSpec.parse(spec.model_dump() | paths | once | {"engine_args": settings}), watcher=watcher)
+    trial = JobSpec.parse(spec.model_dump() | paths | once | {"engine_args": settings})
+    manifest = run_job(trial, watcher=watcher, alone=True)  # Beside a fleet, a baseline that joined it is none.
     in_force = manifest["engines"]["settings"]
     return Figures(manifest["rows_per_second"], manifest["prefix_cache_hit_share"], manifest["errors"], in_force)
 

@@ -48,6 +48,9 @@ RAY_FOLDER = str(Path(ray.__file__).parent)
 UNSTARTED = "The machine may be too busy: run again. Ray's logs are in /tmp/ray, or where RAY_TMPDIR says."
 UNREACHED = "Check the address, or unset it; where Ray asks for a token, set RAY_AUTH_MODE=token."
 
+FEWER = "Ask for fewer replicas, or for fewer cores each."
+STOP_OTHERS = "Stop the fleet or job that holds the engines' GPUs or cores, or add a machine, and run again."
+
 UNREAD = ("/log_monitor.py", "/monitor.py", "/dashboard.py")
 """Ray's programs for logs, autoscaling and its own API, of which an embedded cluster has no reader: 1 % of a core."""
 
@@ -295,16 +298,18 @@ def join_or_start(
     replica: ReplicaConfig,
     *,
     embedded: bool,
+    alone: bool = False,
     say: Callable[[str], None],
     check: Callable[[], None],
 ) -> Fleet:
     """Join a running application with the same engine, else start one; returns when every replica is ready.
 
     ``check`` is called several times a second and may raise to give up. In a cluster that outlives this process (not
-    ``embedded``) a started application is guarded by a ``Lifeline``. Raises ``ResourceError`` when resources do not
-    suffice within a minute, ``EngineError`` when the engine does not start, both in words.
+    ``embedded``) a started application is guarded by a ``Lifeline``, and waits for room unless it is to run ``alone``,
+    which joins nobody. Raises ``ResourceError`` when resources do not suffice within a minute, ``EngineError`` when the
+    engine does not start, both in words.
     """
-    joined = _running_fleet(engine)
+    joined = None if alone else _running_fleet(engine)
     if joined is not None:
         say(f"joined the running application {joined.name}")
         return joined
@@ -315,7 +320,8 @@ def join_or_start(
     target = serve.RunTarget(target=build(engine, replica), name=name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
-        _wait_until_running(name, engine, replica, embedded, say, check)
+        remedy = FEWER if embedded else STOP_OTHERS if alone else None
+        _wait_until_running(name, engine, replica, say, check, guarded=not embedded, remedy=remedy)
         handle = serve.get_deployment_handle(DEPLOYMENT, app_name=name)
         _, info = _described(name, handle)
     except BaseException:
@@ -357,15 +363,18 @@ def _wait_until_running(
     name: str,
     engine: EngineConfig,
     replica: ReplicaConfig,
-    embedded: bool,
     say: Callable[[str], None],
     check: Callable[[], None],
+    *,
+    guarded: bool,
+    remedy: str | None,
 ) -> None:
+    """Return once the replicas run; where nobody is to wait for room, there is a ``remedy`` for want of it."""
     patience = time.monotonic() + RESOURCE_WAIT_SECONDS
     seen = False
     while True:
         check()
-        if not embedded:
+        if guarded:
             beat(name)
         app = serve.status().applications.get(name)
         deployment = app.deployments.get(DEPLOYMENT) if app else None
@@ -381,8 +390,8 @@ def _wait_until_running(
         seen = seen or app is not None
         if time.monotonic() > patience and _unplaced(name):
             shortage = _shortage(engine, replica)
-            if embedded:
-                raise ResourceError(shortage, remedy="Ask for fewer replicas, or for fewer cores each.")
+            if remedy is not None:
+                raise ResourceError(shortage, remedy=remedy)
             say(f"still waiting: {shortage}")
             patience = time.monotonic() + RESOURCE_WAIT_SECONDS
         time.sleep(0.1)

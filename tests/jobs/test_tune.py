@@ -1,7 +1,9 @@
 """Settings tried on a sample: which make sense, on which rows, and on the simulated engine over the path of ``run``."""
 
 import io
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +15,8 @@ from jobs.job import prepare_job
 from jobs.search import Figures, Knob, Settings, Trial, search
 from jobs.spec import JobSpec
 from jobs.tune import objection, report, sample_rows, table, tune
-from serving.errors import InputError
+from serving import fleet
+from serving.errors import InputError, ResourceError
 from tests.conftest import WriteRows
 
 WHOLE = {"enable_chunked_prefill": False, "max_num_batched_tokens": 1_024}
@@ -75,6 +78,25 @@ def test_the_sample_fills_the_batches_of_its_machine(
     spec = JobSpec.parse({"input": str(write_rows(prefix=["a"])), "output": "out", "engine": engine})
     with pytest.raises(InputError, match=f"^{rows} rows were"):
         tune(spec, minutes=1)
+
+
+def test_a_trial_has_engines_of_its_own_or_none(write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fleet that runs already would do is not what its settings would."""
+    asked: list[object] = []
+
+    def refuse(*_: object, alone: bool = False, **__: object) -> None:
+        asked.append(alone)
+        raise ResourceError("no GPU is free", remedy="Stop the fleet.")
+
+    monkeypatch.setattr(fleet, "connected", lambda: nullcontext(False))
+    monkeypatch.setattr(fleet, "start_serve", lambda **_: None)
+    monkeypatch.setattr(fleet, "join_or_start", refuse)
+    monkeypatch.setattr("jobs.runner.Crew", lambda *_: SimpleNamespace(fill=lambda: None, close=lambda: None))
+    monkeypatch.setattr("jobs.runner.check_cluster", lambda *_: None)
+    spec = JobSpec.parse({"input": str(write_rows(prefix=["a", "b"])), "output": "out", "engine": "instant"})
+    with pytest.raises(ResourceError, match="no GPU is free"):
+        tune(spec, minutes=1)
+    assert asked == [True]
 
 
 def test_an_empty_input_is_refused(write_rows: WriteRows) -> None:

@@ -13,9 +13,11 @@ import psutil
 import pytest
 import ray
 
-from serving import brood
-from serving.errors import EngineError
-from serving.fleet import connected
+from serving import brood, fleet
+from serving.app import DEPLOYMENT
+from serving.config import EngineConfig, ReplicaConfig
+from serving.errors import EngineError, ResourceError
+from serving.fleet import connected, join_or_start
 
 Fails = list[Exception]
 
@@ -111,3 +113,55 @@ def test_what_runs_below_rays_programs_ends_with_it(fails: Fails, monkeypatch: p
     psutil.wait_procs([orphan], timeout=10)
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
     started[0].stdout.close()
+
+
+ENGINE = EngineConfig(kind="instant", model="m", max_model_len=64)
+
+
+@pytest.fixture
+def full_cluster(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A cluster whose only GPU is held by a running fleet of ``ENGINE``; the names of what was deleted in it."""
+    house = SimpleNamespace(status="RUNNING", deployments={DEPLOYMENT: SimpleNamespace(replica_states={"RUNNING": 1})})
+    waiting = SimpleNamespace(status="DEPLOYING", deployments={}, message="")
+    applications, deleted = {"house": house}, list[str]()
+
+    def run_many(targets: list[SimpleNamespace], **_: object) -> None:
+        applications.update({target.name: waiting for target in targets})
+
+    told: dict[str, Any] = {"status": lambda: SimpleNamespace(applications=applications), "run_many": run_many}
+    told |= {"RunTarget": SimpleNamespace, "get_deployment_handle": lambda *_, **__: None}
+    monkeypatch.setattr(fleet, "serve", SimpleNamespace(**told))
+    for name in ("build", "guard", "beat"):
+        monkeypatch.setattr(fleet, name, lambda *_: None)
+    monkeypatch.setattr(fleet, "delete_app", lambda name, **_: deleted.append(name))
+    monkeypatch.setattr(fleet, "_described", lambda *_: (ENGINE.fingerprint, None))
+    monkeypatch.setattr(fleet, "_unplaced", lambda _: True)
+    monkeypatch.setattr(fleet, "RESOURCE_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"GPU": 1.0}}])
+    monkeypatch.setattr(ray, "available_resources", dict)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0})
+    return deleted
+
+
+def test_who_is_to_run_alone_joins_no_fleet_and_fails_where_that_holds_the_machine(full_cluster: list[str]) -> None:
+    said: list[str] = []
+    how: dict[str, Any] = {"embedded": False, "say": said.append, "check": lambda: None}
+    assert join_or_start(ENGINE, ReplicaConfig(), **how).name == "house"
+    with pytest.raises(ResourceError, match=r"0 of 1 GPU are free; held by house.*Stop the fleet or job that holds"):
+        join_or_start(ENGINE, ReplicaConfig(), alone=True, **how)
+    assert said == ["joined the running application house"]
+    assert len(full_cluster) == 1
+
+
+def test_others_wait_for_room_in_a_cluster_that_outlives_them(full_cluster: list[str]) -> None:
+    said: list[str] = []
+
+    def check() -> None:
+        if len(said) > 1:
+            raise InterruptedError
+
+    other = ENGINE.model_copy(update={"max_model_len": 128})
+    with pytest.raises(InterruptedError):
+        join_or_start(other, ReplicaConfig(), embedded=False, say=said.append, check=check)
+    assert all("still waiting: 1 replicas ask for 1 GPU each" in words for words in said)
+    assert len(full_cluster) == 1
