@@ -129,6 +129,8 @@ def plan_job(spec: JobSpec, wish: Wish) -> Plan:
         cached_share=_cached_share(spec, sample, on_cpu=False),
         varied=output_tokens < spec.max_tokens,
         stop_share=min(stops, spec.max_tokens - output_tokens),
+        n=sample.n,
+        shared_share=sample.shared_share,
     )
     task = _Task(spec, sample, load, shape, context)
     lines = [_gpu_line(task, wish, gpu, precision) for gpu in wish.gpus for precision in wish.precisions]

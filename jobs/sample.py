@@ -28,7 +28,8 @@ class Sample:
     units), ``cached_share_cpu`` the same at the block size on a CPU, ``cached_share_all`` when all sampled
     rows share, ``cached_share_all_cpu`` that on a CPU. ``rows`` are those of the input, from its footers.
     ``twin_share`` of the prompts are those of other rows, whose answers a job gives them; lengths and shares are of the
-    others. Each of these has ``n`` completions, of which all but the first share the prompt's whole blocks.
+    others. Each of these has ``n`` completions, of which all but the first share the prompt's whole blocks,
+    ``shared_share`` of its tokens.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class Sample:
     error_share: float
     twin_share: float
     n: int
+    shared_share: float
     block_size: int
     cached_share: float
     cached_share_cpu: float
@@ -126,10 +128,13 @@ def _measure(spec: JobSpec, inputs: InputSet, taken: Sequence[Unit], prompts: Se
     groups = [group for group in by_unit.values() if group]
     tokens, sampled = sum(lengths), sum(unit.rows for unit in taken)
 
+    def again(block_size: int) -> float:
+        """The share that a prompt's further completions find in the cache."""
+        return sum((length - 1) // block_size * block_size for length in lengths) / tokens
+
     def of_all(first: float, block_size: int) -> float:
         """The share of all completions' prompts, where ``first`` is that of each prompt's first one."""
-        again = sum((length - 1) // block_size * block_size for length in lengths) / tokens
-        return (first + (spec.n - 1) * again) / spec.n
+        return (first + (spec.n - 1) * again(block_size)) / spec.n
 
     return Sample(
         rows=min(inputs.rows, spec.limit or inputs.rows),
@@ -144,6 +149,7 @@ def _measure(spec: JobSpec, inputs: InputSet, taken: Sequence[Unit], prompts: Se
         error_share=1 - count / sampled,
         twin_share=1 - len(lengths) / count,
         n=spec.n,
+        shared_share=again(BLOCK_SIZE),
         block_size=BLOCK_SIZE,
         cached_share=of_all(share_inside(groups, BLOCK_SIZE), BLOCK_SIZE),
         cached_share_cpu=of_all(share_inside(groups, CPU_BLOCK_SIZE), CPU_BLOCK_SIZE),

@@ -17,7 +17,8 @@ class Load:
 
     ``stop_share`` of the rows end by a stop token: the engine decodes it, but ``output_tokens`` leave it out.
     ``varied`` tells whether the rows' outputs end here and there, as infills do (lengths spread evenly from 1 to twice
-    the mean), or all at the same length, as when each runs to ``max_tokens``.
+    the mean), or all at the same length, as when each runs to ``max_tokens``. ``n`` rows are samples of one prompt:
+    they begin together and hold ``shared_share`` of it in the KV cache once. What others share is held by each.
     """
 
     prompt_tokens: float
@@ -25,6 +26,8 @@ class Load:
     cached_share: float = 0.0
     varied: bool = True
     stop_share: float = 0.0
+    n: int = 1
+    shared_share: float = 0.0
 
     @property
     def computed(self) -> float:
@@ -45,7 +48,12 @@ class Load:
     @property
     def held(self) -> float:
         """Tokens of KV cache that a place in the batch is given: the longer a row, the more often it is met there."""
-        return self.prompt_tokens + self.square / self.steps
+        return self.prompt_tokens * (1 - self.shared_share * (1 - self._prompts)) + self.square / self.steps
+
+    @property
+    def _prompts(self) -> float:
+        """Prompts held for each place: one stays until its last sample ends, after 2n / (n + 1) of the mean steps."""
+        return 2 / (self.n + 1) if self.varied else 1 / self.n
 
 
 def batch_size(roofline: RooflineConfig, load: Load) -> int:

@@ -26,7 +26,7 @@ KEYS = {
     *("prompt_tokens_p90", "prompt_tokens_p99", "prompt_tokens_max", "truncated_share", "error_share", "twin_share"),
     *("n", "block_size", "cached_share", "cached_share_cpu", "cached_share_all", "cached_share_all_cpu", "order"),
     *("output_tokens", "output_tokens_from", "stop_share", "fraction", "replicas", "tensor_parallel_size", "gpus"),
-    *("calibration", "calibrated"),
+    *("shared_share", "calibration", "calibrated"),
 }
 LINE_KEYS = {
     *("gpu", "precision", "fits", "why", "batch", "bound_rows_per_second", "steady_rows_per_second"),
@@ -108,6 +108,16 @@ def test_the_samples_of_a_row_share_its_prompt_and_are_decoded_each(plan: Callab
         assert line[name] / 4 < slower[name] < line[name]
     assert slower["hours"] == pytest.approx(40 / slower["predicted_rows_per_second"] / 3600)
     assert "completions: 4 a row" in plan(*options[1:], "--n", 4).stdout
+
+
+def test_the_samples_of_a_row_hold_its_prompt_once(plan: Callable[..., Any]) -> None:
+    options = ("--json", "--model", "codegen25-7b-multi", "--temperature", 0.8, "--output-tokens", 8)
+    gpu = ("--gpu", "L40S", "--precision", "bf16", "--max-num-seqs", 10_000)
+    one, four, many = (json.loads(plan(*options, *gpu, "--n", n).stdout) for n in (1, 4, 16))
+    assert one["shared_share"] == many["shared_share"] > 0.9
+    batches = [told["gpus"][0]["batch"] for told in (one, four, many)]
+    assert 2 < batches[1] / batches[0] < 2.5
+    assert 4 < batches[2] / batches[0] < 8.5
 
 
 def test_samples_without_a_temperature_are_refused(plan: Callable[..., Any]) -> None:

@@ -197,6 +197,8 @@ def test_a_stop_token_takes_a_step_of_the_simulated_engine_too(visible: int, pla
         cached_share=st.sampled_from([0.0, 1.0]) | st.floats(0, 1),
         varied=st.booleans(),
         stop_share=st.floats(0, 1),
+        n=st.sampled_from([1, 2, 100]),
+        shared_share=st.floats(0, 1),
     ),
 )
 def test_no_steady_rate_is_beyond_the_bound(roofline: RooflineConfig, load: Load) -> None:
@@ -223,3 +225,27 @@ def test_the_steady_rate_is_the_simulated_engines_within_5_percent(
     assert cached == pytest.approx(0.73 if shared else 0.0, abs=0.05)
     predicted = steady_rows_per_second(roofline, Load(length, output, cached, varied))
     assert predicted == pytest.approx(rate, rel=0.05)
+
+
+def held(places: int, length: int, shared: int, output: int, *, n: int, varied: bool) -> float:
+    """Tokens that are given on average to places that are always full, with ``n`` samples of each prompt in a row."""
+    lengths = outputs(output, varied=varied, draw=random.Random(0))
+    samples = ((number // n, next(lengths), 1) for number in itertools.count())
+    running = list(itertools.islice(samples, places))
+    total, steps = 0, 20 * output
+    for step in range(2 * steps):
+        running = [(row, size, at + 1) if at < size else next(samples) for row, size, at in running]
+        if step >= steps:
+            rows = {row for row, _, _ in running}
+            total += shared * len(rows) + sum(length - shared + size for _, size, _ in running)
+    return total / steps
+
+
+@pytest.mark.parametrize("varied", [False, True], ids=["equal", "varied"])
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_a_batch_of_samples_fills_the_cache_in_which_they_share_their_prompt(n: int, varied: bool) -> None:
+    load = Load(1_262, 24, varied=varied, n=n, shared_share=1_248 / 1_262)
+    roofline = RooflineConfig.parse({"kv_cache_tokens": 110_000, "max_num_seqs": 10_000})
+    places = batch_size(roofline, load)
+    assert held(places, 1_262, 1_248, 24, n=n, varied=varied) == pytest.approx(110_000, rel=0.02)
+    assert replace(load, n=1).held == Load(1_262, 24, varied=varied).held
