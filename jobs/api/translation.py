@@ -13,7 +13,7 @@ from jobs.api.lines import MOST_LINE, BatchLine, Record, Refused, numbered, pars
 from jobs.api.order import LineError, Order, Plan, WorkFolder
 from jobs.store import locate, publish, publish_bytes
 from serving.api.ask import Ask
-from serving.api.checks import check_choices
+from serving.api.checks import check_size
 from serving.api.replies import openai_error, problem_of
 from serving.errors import UsageError
 from serving.formats import Format, load_format
@@ -125,7 +125,7 @@ class _Reading:
     def _asks(self, line: BatchLine) -> list[Ask] | Refused:
         try:
             asks = self._dialect.asks(line.body, self._order.served)
-            check_choices(asks)
+            check_size(asks)
             for ask in asks:
                 check_ask(ask, self._format, self._order.context)
             if not self._groups.has_room_for(asks):

@@ -3,30 +3,44 @@
 from collections.abc import Sequence
 
 from serving.api.ask import Ask, ServedModel
+from serving.api.edge import MOST_BODY
 from serving.errors import NoInfillError, UsageError
 from serving.formats import Format
 
 MOST_CHOICES = 1_024
 """Choices of one request, of all its prompts together."""
 
+MOST_TEXT = MOST_BODY
+"""Characters of all its prompts together: a body holds its suffix once, but each prompt is tokenised with it."""
+
 
 def check(asks: Sequence[Ask], model: ServedModel, fmt: Format) -> None:
     """Raise ``UsageError`` for what cannot be asked of the model, ``NoInfillError`` where that is an infill."""
-    check_choices(asks)
+    check_size(asks)
     for ask in asks:
         _check_suffix(ask, model)
         _check_samples(ask)
         _check_biases(ask, fmt.tokenizer.vocab_size)
 
 
-def check_choices(asks: Sequence[Ask]) -> None:
-    """Raise ``UsageError`` for more completions than a request, or a line of a batch, may ask for."""
-    choices = sum(ask.n for ask in asks)
+def check_size(asks: Sequence[Ask]) -> None:
+    """Raise ``UsageError`` for more completions or text than a request, or a line of a batch, may ask for."""
+    choices, text = sum(ask.n for ask in asks), sum(map(text_of, asks))
     if choices > MOST_CHOICES:
         raise UsageError(
             f"the request asks for {choices:,} completions, and {MOST_CHOICES:,} are the most.",
             remedy="Send fewer prompts at a time, or lower n.",
         )
+    if text > MOST_TEXT:
+        raise UsageError(
+            f"the request has {text:,} characters, its suffix once for each prompt, and {MOST_TEXT:,} are the most.",
+            remedy="Send fewer prompts at a time, or a shorter suffix.",
+        )
+
+
+def text_of(ask: Ask) -> int:
+    """Characters of an ask that are to be tokenised."""
+    return len(ask.prefix) + len(ask.suffix or "") + len(ask.behind)
 
 
 def _check_suffix(ask: Ask, model: ServedModel) -> None:

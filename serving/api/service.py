@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 from serving.api.ask import Answer, Ask, Choice, End, Piece, ServedModel, Token, Usage
 from serving.api.calls import TRIES, WAIT_SECONDS, Call, answers
-from serving.api.checks import check
+from serving.api.checks import check, text_of
 from serving.api.edge import noted
 from serving.api.metrics import Metrics
 from serving.api.portions import Portion, portions_of
@@ -252,7 +252,7 @@ class FleetService:
         """Check, and tokenise on a thread: another request's next token shall not wait for it."""
         fmt, model = self._engines.fmt, self._engines.model
         check(asks, model, fmt)
-        is_large = sum(len(ask.prefix) + len(ask.suffix or "") + len(ask.behind) for ask in asks) > LARGE_CHARS
+        is_large = sum(map(text_of, asks)) > LARGE_CHARS
         async with self._turn(caller) if is_large else nullcontext():
             return await asyncio.to_thread(lambda: [render(ask, fmt, model.context) for ask in asks])
 

@@ -243,6 +243,13 @@ def test_a_line_that_asks_for_too_many_completions_fails_alone(folder: WorkFolde
     assert "asks for 1,152 completions" in refusals(folder)["many"]
 
 
+def test_a_line_whose_suffix_is_much_text_for_all_its_prompts_fails_alone(folder: WorkFolder) -> None:
+    much = ask("much", prompt=["a"] * 128, suffix="x" * (32 << 10))
+    plan = translated(folder, jsonl(ask("one"), much))
+    assert (plan.errors, plan.asking, len(rows(folder))) == ((), 1, 1)
+    assert "has 4,194,432 characters, its suffix once for each prompt" in refusals(folder)["much"]
+
+
 def test_a_plan_survives_its_file(folder: WorkFolder) -> None:
     plan = translated(folder, jsonl(ask("a", stop=["b", "a", "b"]), {"custom_id": "x"}))
     assert plan.errors

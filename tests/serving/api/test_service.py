@@ -14,7 +14,7 @@ from ray.serve.exceptions import RequestCancelledError
 from serving.api import service
 from serving.api.ask import Ask, Decoding, End, Piece
 from serving.api.calls import Call
-from serving.api.checks import MOST_CHOICES
+from serving.api.checks import MOST_CHOICES, MOST_TEXT
 from serving.api.edge import Noted, noted
 from serving.api.prompts import Rendered
 from serving.api.service import LARGE_CHARS
@@ -432,6 +432,9 @@ def test_what_is_reported_tells_its_prompt_and_the_time_to_its_first_token() -> 
         (replace(INFILL, echo=True), "echo and suffix"),
         (replace(INFILL, suffix="", echo=True), "echo and suffix"),
         (replace(PLAIN, n=MOST_CHOICES + 1, decoding=SAMPLED), "completions, and 1,024 are the most"),
+        (replace(PLAIN, prefix="x" * (MOST_TEXT + 1)), "characters, .* and 4,194,304 are the most"),
+        (replace(INFILL, suffix="x" * MOST_TEXT), "characters, its suffix once for each prompt"),
+        (replace(INFILL, behind="x" * MOST_TEXT), "are the most"),
         (replace(PLAIN, decoding=Decoding(logit_bias=((51_200, 1.0),))), "token id 51200"),
     ],
 )
@@ -444,6 +447,18 @@ def test_what_no_dialect_may_ask_is_refused_with_a_remedy(ask: Ask, words: str) 
         with pytest.raises(UsageError, match=words):
             await streamed(house, ask)
         assert not house.desk.demands
+
+    asyncio.run(run())
+
+
+def test_what_many_prompts_make_of_one_suffix_is_refused_before_it_is_tokenised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "render", lambda *_: pytest.fail("it is tokenised"))
+
+    async def run() -> None:
+        with pytest.raises(UsageError, match=r"its suffix once for each prompt.*Send fewer prompts"):
+            await House().service.answer([replace(INFILL, suffix="x" * (MOST_TEXT // 128))] * 128, ACME, "demo")
 
     asyncio.run(run())
 
