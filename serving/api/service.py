@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -252,22 +252,31 @@ class FleetService:
         """Check, and tokenise on a thread: another request's next token shall not wait for it."""
         fmt, model = self._engines.fmt, self._engines.model
         check(asks, model, fmt)
-        is_large = sum(map(text_of, asks)) > LARGE_CHARS
-        async with self._turn(caller) if is_large else nullcontext():
-            return await asyncio.to_thread(lambda: [render(ask, fmt, model.context) for ask in asks])
 
-    @asynccontextmanager
-    async def _turn(self, caller: Caller) -> AsyncIterator[None]:
-        """Inside, no other large text is tokenised; of each tenant one waits with those of others."""
+        def rendered() -> list[Rendered]:
+            return [render(ask, fmt, model.context) for ask in asks]
+
+        is_large = sum(map(text_of, asks)) > LARGE_CHARS
+        return await (self._in_turn(caller, rendered) if is_large else asyncio.to_thread(rendered))
+
+    async def _in_turn(self, caller: Caller, work: Callable[[], list[Rendered]]) -> list[Rendered]:
+        """Tokenise a large text on a thread while no other is; of each tenant one waits with those of others.
+
+        No thread can be stopped: the turn is over when it has ended, although its client may be gone before.
+        """
         own = self._turns.setdefault(caller.tenant, asyncio.Lock())
-        async with AsyncExitStack() as held:
+        with ExitStack() as held:
             try:
                 async with asyncio.timeout(PATIENCE_SECONDS):
-                    await held.enter_async_context(own)
-                    await held.enter_async_context(self._large)
+                    for lock in (own, self._large):
+                        await lock.acquire()
+                        held.callback(lock.release)
             except TimeoutError:
                 raise OverloadedError("too many large texts wait to be tokenised.", remedy="Try again later.") from None
-            yield
+            working = asyncio.get_running_loop().run_in_executor(None, work)
+            turn = held.pop_all()
+        working.add_done_callback(lambda _: turn.close())
+        return await asyncio.shield(working)
 
     def _prompts(self, served: Served) -> tuple[str, ...]:
         return tuple(visible(r, self._engines.fmt) for r in served.rendered if r.ask.reported)

@@ -618,6 +618,43 @@ def test_large_texts_of_a_tenant_take_turns_with_those_of_others_and_do_not_wait
     asyncio.run(run())
 
 
+def test_a_large_text_whose_client_is_gone_keeps_its_turn_until_its_thread_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    running: list[int] = []
+    most: list[int] = []
+    begun, held = threading.Event(), threading.Event()
+
+    def slowly(ask: Ask, fmt: Format, context: int) -> Rendered:
+        running.append(1)
+        most.append(len(running))
+        begun.set()
+        assert held.wait(60)
+        running.pop()
+        return Rendered(ask, (1,), truncated=False)
+
+    monkeypatch.setattr(service, "render", slowly)
+
+    async def run() -> None:
+        house = House()
+        ask = replace(INFILL, prefix="x" * (LARGE_CHARS + 1))
+        gone = asyncio.ensure_future(house.service.answer([ask], ACME, "demo"))
+        assert await asyncio.to_thread(begun.wait, 60)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        waiting = [
+            asyncio.ensure_future(house.service.answer([ask], caller, "demo")) for caller in (ACME, Caller("b", "k"))
+        ]
+        await asyncio.sleep(0.05)
+        assert most == [1]
+        held.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(run())
+    assert most == [1, 1, 1]
+
+
 @pytest.mark.parametrize("text", ["<eom>", "<mask_1>", "<|endoftext|>", "a<sep>b<fim_prefix>"])
 @pytest.mark.parametrize("place", ["prefix", "suffix", "behind"])
 def test_control_tokens_in_texts_stay_texts(text: str, place: str) -> None:
