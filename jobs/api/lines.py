@@ -55,12 +55,13 @@ class Record(Frozen):
 def numbered(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, with their numbers from 1; no more than ``MOST_LINE`` bytes of one, and one.
 
-    A byte order mark, with which some editors begin a file, is no part of the first.
+    A byte order mark, with which some editors begin a file, is no part of the first; ``stream`` is at its beginning.
     """
     number = 0
+    if stream.read(len(BOM_UTF8)) != BOM_UTF8:
+        stream.seek(0)
     while raw := stream.readline(MOST_LINE + 1):
         number += 1
-        raw = raw.removeprefix(BOM_UTF8) if number == 1 else raw
         if raw.strip():
             yield number, raw
 

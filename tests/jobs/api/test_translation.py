@@ -221,6 +221,13 @@ def test_a_line_that_is_too_long_ends_the_reading(folder: WorkFolder, monkeypatc
     assert (error.code, error.line) == ("line_too_long", 2)
 
 
+def test_a_byte_order_mark_hides_no_line_that_is_too_long(folder: WorkFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("jobs.api.lines", "jobs.api.translation"):
+        monkeypatch.setattr(f"{module}.MOST_LINE", 200)
+    error = error_of(folder, codecs.BOM_UTF8 + jsonl(ask("a", prompt="x" * 500), ask("b")))
+    assert (error.code, error.line) == ("line_too_long", 1)
+
+
 def test_a_hundred_wrong_lines_are_enough(folder: WorkFolder) -> None:
     errors = translated(folder, b"{\n" * 500).errors
     assert [error.line for error in errors] == list(range(1, 101))
