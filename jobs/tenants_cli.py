@@ -199,7 +199,8 @@ def _changed(
     terms = replace(terms, limits=limits, weight=terms.weight if weight is None else weight)
     if models is None:
         return terms
-    return replace(terms, models=None if models == "all" else tuple(name for name in models.split(",") if name))
+    names = tuple(name.strip() for name in models.split(",") if name.strip())
+    return replace(terms, models=None if names == ("all",) else names)
 
 
 def _seconds(text: str) -> float:

@@ -41,7 +41,7 @@ def made(spanfill: Command, *arguments: object) -> dict[str, Any]:
 
 
 def test_a_tenant_is_made_and_its_key_printed_once(spanfill: Command, store: TenantStore) -> None:
-    options = ["--weight", 2, "--tokens-per-minute", 100_000, "--max-concurrency", 32, "--models", "a,b"]
+    options = ["--weight", 2, "--tokens-per-minute", 100_000, "--max-concurrency", 32, "--models", "a, b"]
     done = spanfill("tenants", "create", "acme", *options)
     assert done.code == 0
     key = parse_key(done.stdout.strip())
@@ -93,7 +93,7 @@ def test_what_is_not_named_stays_as_it_was(spanfill: Command, store: TenantStore
     assert spanfill("tenants", "update", "acme", "--max-concurrency", 3).code == 0
     terms = store.tenant("acme").terms
     assert (terms.weight, terms.limits, terms.models) == (2.0, Limits(5, None, 3), ("a",))
-    assert spanfill("tenants", "update", "acme", "--tokens-per-minute", 0, "--models", "all", "--weight", 1).code == 0
+    assert spanfill("tenants", "update", "acme", "--tokens-per-minute", 0, "--models", " all", "--weight", 1).code == 0
     terms = store.tenant("acme").terms
     assert (terms.weight, terms.limits, terms.models) == (1.0, Limits(None, None, 3), None)
 
