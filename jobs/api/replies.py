@@ -1,16 +1,18 @@
 """Parts of what the routes of files, batches and jobs take and answer."""
 
+import os
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException, Path, Query
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from jobs.api.database import Page
 from serving.api.fields import Text
-from serving.errors import UsageError
+from serving.errors import NotFoundError, UsageError
 
 MOST_LISTED = 100
 MOST_PAIRS = 16
@@ -64,13 +66,13 @@ def seconds_of(told: dict[str, JsonValue], name: str) -> int | None:
 
 
 class Download(FileResponse):
-    """A file whose wrong ranges are told as all errors are, where Starlette answers in plain text.
+    """A file: that it is gone, or that it has no such range, is told as all errors are, unlike what Starlette says.
 
     Of other units than bytes the whole file is sent (RFC 9110, 14.2).
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; raises ``UsageError`` and FastAPI's own error for a range that is none."""
+        """Answer; raises ``NotFoundError``, and ``UsageError`` and FastAPI's own error for a range that is none."""
 
         async def told(message: Message) -> None:
             status = message.get("status")
@@ -82,6 +84,11 @@ class Download(FileResponse):
             await send(message)
 
         known = [(name, value) for name, value in scope["headers"] if name != b"range" or not _has_other_unit(value)]
+        try:
+            self.stat_result = await run_in_threadpool(os.stat, self.path)
+        except FileNotFoundError:
+            raise NotFoundError("It was deleted meanwhile.", remedy="List what there is.") from None
+        self.set_stat_headers(self.stat_result)
         await super().__call__({**scope, "headers": known}, receive, told)
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.responses import FileResponse
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from jobs.api.config import RoutesConfig
 from jobs.api.database import Database, Page, new_id
+from jobs.api.replies import download
 from jobs.api.shelf import Shelf
 from serving.errors import ConfigError, DatabaseAwayError, NotFoundError
 from serving.tenants.database import database_address
@@ -101,6 +103,19 @@ def test_a_range_is_answered_or_refused_as_all_is(
     else:
         assert told in str(answer.json()["error"])
         assert answer.headers.get("content-range") == ("bytes */10" if status == 416 else None)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Range": "bytes=2-4"}])
+def test_a_file_that_is_deleted_while_it_is_asked_for_is_not_found(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    def found_and_gone(path: str, name: str) -> FileResponse:
+        Path(path).unlink()
+        return download(path, name)
+
+    monkeypatch.setattr("jobs.api.files.download", found_and_gone)
+    answer = client.get(f"/v1/files/{upload(client, b'0123456789')}/content", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
 def test_what_was_written_is_whole_although_the_answer_is_lost(

@@ -13,6 +13,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from jobs.api.config import RoutesConfig
+from jobs.api.order import WorkFolder
+from jobs.api.parts import PartFile, part_files
 from jobs.dispatch import Dispatcher
 from jobs.spec import JobSpec
 from serving.app_config import AppConfig
@@ -186,6 +188,30 @@ def test_other_tenants_jobs_are_not_there(client: TestClient) -> None:
 def test_a_parts_name_leads_nowhere_else(client: TestClient, name: str) -> None:
     job = create_job(client, parquet(prefix=["a"]))
     assert client.get(f"/v1/jobs/{job['id']}/results/{name}").status_code in (400, 404)
+
+
+def test_parts_that_are_deleted_while_they_are_asked_for_are_not_told(
+    client: TestClient, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, name = create_job(client, parquet(prefix=["a"])), "part-00000-0123456789ab.parquet"
+    (tenant,) = home.glob("files/*")
+    folder = WorkFolder(tenant / "works" / job["id"]).results() / "data"
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(b"PAR1")
+    path = f"/v1/jobs/{job['id']}/results"
+    told = {"object": "part", "folder": "data", "name": name, "bytes": 4}
+    assert client.get(path).json()["data"] == [told]
+    assert client.get(f"{path}/data/{name}").content == b"PAR1"
+
+    def found_and_gone(work: WorkFolder) -> list[PartFile]:
+        found = part_files(work)
+        (folder / name).unlink()
+        return found
+
+    monkeypatch.setattr("jobs.api.native.part_files", found_and_gone)
+    assert client.get(path).status_code == 200
+    monkeypatch.undo()
+    assert client.get(path).json()["data"] == []
 
 
 def test_a_job_that_has_not_ended_is_not_deleted_and_a_cancelled_one_ends(client: TestClient) -> None:
