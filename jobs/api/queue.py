@@ -16,6 +16,7 @@ from jobs.api.order import Kind
 from serving.errors import ForbiddenError, LeaseLostError, LimitError, UsageError
 from serving.tenants.sessions import take_turns
 from serving.tenants.tables import TenantRow, WorkRow, cancel_work
+from serving.tenants.usage import forget_sources
 
 LEASE_SECONDS = 30.0
 WAIT_SECONDS = 60.0
@@ -120,7 +121,7 @@ class Queue:
             work = find_row(session, WorkRow, work_id, *_own(tenant, kind), lock=True)
             if work.status in UNFINISHED:
                 raise UsageError(f"The {kind} has not ended: it is {work.status}.", remedy="Cancel it before.")
-            session.delete(work)
+            _forget(session, work)
         return work
 
     def forget(self, before: float) -> list[WorkRow]:
@@ -128,7 +129,7 @@ class Queue:
         with self._database.session(writes=True) as session:
             works = list(session.scalars(select(WorkRow).where(WorkRow.ended < before)))
             for work in works:
-                session.delete(work)
+                _forget(session, work)
         return works
 
     def claim(
@@ -255,6 +256,12 @@ def _held(session: Session, work_id: str, holder: str) -> WorkRow:
     if work is None or work.holder != holder:
         raise LeaseLostError(f"{work_id} was claimed by another gateway.", remedy="Leave it to that one.")
     return work
+
+
+def _forget(session: Session, work: WorkRow) -> None:
+    """Delete a work, and that its units were counted."""
+    session.delete(work)
+    forget_sources(session, f"{work.id}/")
 
 
 def _move(work: WorkRow, status: Status, now: float) -> None:

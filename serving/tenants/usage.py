@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import ColumnElement, delete, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -77,8 +77,8 @@ EVERYTHING = UsageFilter()
 def count(session: Session, source: str, numbered: Sequence[Numbered]) -> int:
     """Add a source's records that were not counted before to the sums; returns how many those were.
 
-    The numbers of a source come in ascending order, so the latest alone says what was counted, for as long as the
-    database lives: a record that is offered again, by whomever and whenever, changes nothing.
+    The numbers of a source come in ascending order, so the latest alone says what was counted, until the source is
+    forgotten: a record that is offered again, by whomever and whenever, changes nothing.
     """
     session.execute(_insert(session)(SourceRow).values(source=source, latest=0).on_conflict_do_nothing())
     row = session.get_one(SourceRow, source, with_for_update=True)
@@ -87,6 +87,11 @@ def count(session: Session, source: str, numbered: Sequence[Numbered]) -> int:
         row.latest = max(number for number, _ in numbered)
         _add(session, new)
     return len(new)
+
+
+def forget_sources(session: Session, beginning: str) -> None:
+    """Forget sources whose names begin so, of which nothing is offered any more; what they used stays counted."""
+    session.execute(delete(SourceRow).where(SourceRow.source.startswith(beginning, autoescape=True)))
 
 
 def report(session: Session, by: Sequence[Dimension], wanted: UsageFilter) -> list[UsageLine]:

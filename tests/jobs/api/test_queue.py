@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import select
 
 from jobs.api.database import Database, Page
 from jobs.api.queue import GONE_SECONDS, LEASE_SECONDS, WAITED_SECONDS, Queue, next_turn
@@ -16,7 +17,8 @@ from serving.errors import ForbiddenError, LeaseLostError, LimitError, NotFoundE
 from serving.tenants.caller import Caller
 from serving.tenants.database import database_address
 from serving.tenants.store import TenantStore
-from serving.tenants.tables import WorkRow
+from serving.tenants.tables import SourceRow, WorkRow
+from serving.tenants.usage import UsageRecord
 from tests.serving.tenants.conftest import Clock, postgres, sqlite_url, url
 
 __all__ = ["postgres", "sqlite_url", "url"]
@@ -258,6 +260,28 @@ def test_what_has_ended_is_not_cancelled_and_what_has_not_is_not_deleted(queue: 
     assert queue.forget(clock.now) == []
     clock.now += 1
     assert [old.id for old in queue.forget(clock.now)] == [work.id]
+
+
+@pytest.mark.parametrize("by", ["delete", "forget"])
+def test_what_was_counted_of_a_work_stays_counted_and_its_sources_go_with_it(
+    queue: Queue, database: Database, clock: Clock, url: str, by: str
+) -> None:
+    store = TenantStore(database_address(url), clock=clock)
+    work, other = submit(queue, "acme", "job"), submit(queue, "acme", "job")
+    likeness = work.id.replace("_", "x")  # What a LIKE would take for the same, were "_" not escaped.
+    for source in (f"{work.id}/0/0", f"{work.id}/0/1", f"{other.id}/0/0", f"{likeness}/0/0", "gateway"):
+        store.add_usage(source, [(1, UsageRecord("acme", "k", "demo", 10, 4, 5, clock.now, job=work.id))])
+    (before,) = store.usage([])
+    assert claim(queue) is not None
+    queue.end(work.id, "here", "completed", 0)
+    if by == "delete":
+        queue.delete("acme", "job", work.id)
+    else:
+        assert [old.id for old in queue.forget(clock.now + 1)] == [work.id]
+    with database.session() as session:
+        assert set(session.scalars(select(SourceRow.source))) == {f"{other.id}/0/0", f"{likeness}/0/0", "gateway"}
+    assert store.usage([]) == [before]
+    store.close()
 
 
 def test_another_tenants_work_and_one_of_another_kind_are_not_there(queue: Queue) -> None:
