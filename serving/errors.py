@@ -213,6 +213,15 @@ class DatabaseAwayError(StorageError):
     retryable = True
 
 
+class DatabaseUnfitError(DatabaseAwayError):
+    """The database is of a later spanfill, or its user may not make tables: to clients it is away until that is mended.
+
+    They are not to know which it is, and whoever was let in before stays so.
+    """
+
+    exit_code = 2
+
+
 class InputChangedError(SpanfillError):
     """An input file changed or vanished while the job ran; what was published stays."""
 

@@ -7,6 +7,7 @@ until their own expiry, others get an error that says to try again; afterwards a
 
 import asyncio
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ AWAY_SECONDS = 10.0
 """While it is away, the database is tried in the background, a key at a time; after this long requests wait again."""
 
 THREADS = 4
+
+logger = logging.getLogger(__name__)
 
 Found = KnownKey | AuthenticationError | DatabaseAwayError
 
@@ -62,6 +65,7 @@ class Directory:
         self._entries: dict[bytes, _Entry] = {}
         self._lookups: dict[bytes, asyncio.Task[Found]] = {}
         self._tried = self._failed = -math.inf
+        self._logged: type[DatabaseAwayError] | None = None
         self._threads = ThreadPoolExecutor(THREADS, "spanfill-keys")
 
     async def caller(self, key_text: str) -> Caller:
@@ -124,11 +128,18 @@ class Directory:
             known = await asyncio.get_running_loop().run_in_executor(self._threads, self._find, key_text)
         except DatabaseAwayError as error:
             self._failed = self._clock()
+            self._log(error)
             return error
         except AuthenticationError as error:
-            self._failed = -math.inf
+            self._failed, self._logged = -math.inf, None
             self._entries.pop(name, None)
             return error
-        self._failed = -math.inf
+        self._failed, self._logged = -math.inf, None
         self._entries[name] = _Entry(known, began)
         return known
+
+    def _log(self, error: DatabaseAwayError) -> None:
+        """Say why keys cannot be looked up, once until they can or another kind of reason comes."""
+        if type(error) is not self._logged:
+            logger.warning("keys cannot be looked up, those that were found before stay valid: %s", error)
+        self._logged = type(error)

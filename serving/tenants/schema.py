@@ -13,7 +13,7 @@ from alembic.util import CommandError
 from sqlalchemy import URL, BigInteger, Connection, Engine, func, literal, select
 from sqlalchemy.exc import ProgrammingError
 
-from serving.errors import ConfigError, VersionError
+from serving.errors import DatabaseUnfitError
 from serving.tenants.database import embedded_file, is_embedded, writing
 
 VERSION_TABLE = "spanfill_version"
@@ -29,8 +29,8 @@ _alembic = threading.Lock()
 def prepare(engine: Engine) -> None:
     """Run the migrations that the database lacks, all in one transaction.
 
-    Of several processes that open a new database at once, one does it and the others wait. Raises ``VersionError``
-    for a database of a later version, ``ConfigError`` where its user may not make tables.
+    Of several processes that open a new database at once, one does it and the others wait. Raises
+    ``DatabaseUnfitError`` for a database of a later version, and where its user may not make tables.
     """
     with _alembic, _alone(engine.url):
         if is_embedded(engine.url):
@@ -72,12 +72,12 @@ def _upgrade(connection: Connection) -> None:
     try:
         command.upgrade(config, "head")
     except CommandError as error:
-        raise VersionError(
+        raise DatabaseUnfitError(
             f"The database {connection.engine.url.render_as_string()} cannot be brought up to date: {error}.",
             remedy="It is of a later spanfill: install that one.",
         ) from None
     except ProgrammingError as error:
-        raise ConfigError(
+        raise DatabaseUnfitError(
             f"The tables of {connection.engine.url.render_as_string()} cannot be made: {error.orig}.",
             remedy="Let its user own the database, or create in its schema.",
         ) from None

@@ -33,8 +33,8 @@ class Sessions:
     def begin(self, *, writes: bool = False) -> Iterator[Session]:
         """A transaction, committed at the end; its rows can be read afterwards.
 
-        Raises ``DatabaseAwayError`` when the database cannot be used now, ``VersionError`` when it is of a later
-        spanfill, ``ConfigError`` when its user may not make tables.
+        Raises ``DatabaseAwayError`` when the database cannot be used now, ``DatabaseUnfitError`` when it never can be
+        as it is.
         """
         engine = writing(self._engine) if writes else self._engine
         with answering(self.address):

@@ -43,7 +43,7 @@ class TenantStore:
     """The database of tenants; usable from several threads.
 
     Every method raises ``DatabaseAwayError`` when the database does not answer (what was to be written may have been,
-    if only the answer was lost), and ``VersionError`` when it is of a later spanfill.
+    if only the answer was lost), and ``DatabaseUnfitError`` when it is of a later spanfill.
     """
 
     def __init__(self, address: URL, *, clock: Callable[[], float] = time.time) -> None:

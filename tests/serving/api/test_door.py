@@ -1,5 +1,6 @@
 """Who calls, by the headers in which clients send their keys."""
 
+from contextlib import closing
 from typing import Annotated
 
 import pytest
@@ -10,6 +11,10 @@ from serving.api.door import OPEN_CALLER, Door
 from serving.api.replies import install
 from serving.errors import AuthenticationError
 from serving.tenants.caller import Caller
+from serving.tenants.store import open_store
+from tests.serving.tenants.conftest import of_a_later_spanfill, sqlite_url
+
+__all__ = ["sqlite_url"]
 
 
 async def find(key: str) -> Caller:
@@ -74,6 +79,16 @@ def test_an_open_server_lets_anybody_in_with_whatever_key_until_there_is_a_tenan
     assert client.get("/", headers={"Authorization": "Bearer right"}).json() == "acme"
     tenants.clear()
     assert client.get("/").status_code == 401, "closed is closed"
+
+
+def test_an_open_server_whose_database_is_of_a_later_spanfill_asks_to_come_again(sqlite_url: str) -> None:
+    with closing(open_store(sqlite_url)) as store:
+        store.create_tenant("acme")
+    with of_a_later_spanfill(sqlite_url), closing(open_store(sqlite_url)) as later:
+        answer = client_of(Door(find, has_tenants=lambda: bool(later.tenants()))).get("/")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_away")
+    assert "Retry-After" in answer.headers
+    assert "spanfill.db" not in answer.text
 
 
 @pytest.mark.parametrize(

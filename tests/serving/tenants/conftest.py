@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from serving.tenants.database import database_address
+from serving.tenants.database import database_address, open_engine
+from serving.tenants.schema import VERSION_TABLE
 from serving.tenants.store import TenantStore
 from tests.serving.tenants.postgres import Postgres, own_server
 
@@ -28,6 +30,23 @@ def until(condition: Callable[[], bool], *, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come true in time"
         time.sleep(0.02)
+
+
+@contextmanager
+def of_a_later_spanfill(url: str) -> Iterator[None]:
+    """A database whose schema no process of this version knows that has not opened it yet."""
+    engine = open_engine(database_address(url))
+
+    def write(version: str) -> None:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = '{version}'")
+
+    with engine.begin() as connection:
+        version = connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar_one()
+    write("9999")
+    yield
+    write(version)
+    engine.dispose()
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,13 @@ from serving.api.ask import ServedModel
 from serving.api.gateway import Gateway, GatewayConfig
 from serving.app import assemble
 from serving.app_config import AppConfig
-from serving.errors import ConfigError, DatabaseAwayError, VersionError
+from serving.errors import ConfigError, DatabaseAwayError, DatabaseUnfitError
 from serving.tenants.database import database_address, fingerprint, open_engine, refuse_embedded
 from serving.tenants.schema import VERSION_TABLE, prepare
 from serving.tenants.store import TenantStore, open_store
 from serving.tenants.tables import Table
 from serving.tenants.usage import UsageRecord
-from tests.serving.tenants.conftest import Clock
+from tests.serving.tenants.conftest import Clock, of_a_later_spanfill
 from tests.serving.tenants.postgres import Postgres
 
 ROOT = Path(__file__).parents[3]
@@ -159,13 +159,12 @@ def test_processes_that_open_a_new_database_at_once_do_not_collide(url: str) -> 
 
 def test_a_database_of_a_later_spanfill_is_refused(store: TenantStore, url: str) -> None:
     store.create_tenant("acme")
-    engine = open_engine(database_address(url))
-    with engine.begin() as connection:
-        connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
-    engine.dispose()
-    later = open_store(url)
-    with pytest.raises(VersionError, match="later spanfill"):
-        later.tenants()
+    with of_a_later_spanfill(url):
+        later = open_store(url)
+        with pytest.raises(DatabaseUnfitError, match="later spanfill") as error:
+            later.tenants()
+        assert error.value.exit_code == 2
+    assert [row.name for row in later.tenants()] == ["acme"]
     later.close()
 
 

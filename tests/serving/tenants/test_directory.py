@@ -14,7 +14,7 @@ from serving.tenants.caller import Caller
 from serving.tenants.directory import AWAY_SECONDS, FRESH_SECONDS, RETRY_SECONDS, Directory
 from serving.tenants.key_text import new_key
 from serving.tenants.store import KnownKey, open_store
-from tests.serving.tenants.conftest import Clock
+from tests.serving.tenants.conftest import Clock, of_a_later_spanfill
 from tests.serving.tenants.postgres import Postgres
 
 ANA, BOB = new_key().text, new_key().text
@@ -290,3 +290,32 @@ def test_an_sqlite_file_that_is_locked_locks_no_known_key_out(tmp_path: Path, cl
     asyncio.run(scenario())
     directory.close()
     store.close()
+
+
+def test_a_database_of_a_later_spanfill_locks_no_known_key_out_and_the_log_says_so_once(
+    sqlite_url: str, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(sqlite_url)
+    store.create_tenant("acme")
+    known, unknown = store.create_key("acme", "known")[1], store.create_key("acme", "unknown")[1]
+    stores = [store]
+    directory = Directory(lambda text: stores[-1].known(text), clock=clock)
+
+    async def scenario() -> None:
+        await directory.caller(known)
+        with of_a_later_spanfill(sqlite_url):
+            stores.append(open_store(sqlite_url))
+            for _ in range(3):
+                clock.now += 3_600
+                assert (await directory.caller(known)).tenant == "acme"
+                with pytest.raises(DatabaseAwayError) as error:
+                    await directory.caller(unknown)
+                assert str(error.value) == "Keys cannot be looked up at the moment. Try again in a few seconds."
+        assert (await directory.caller(unknown)).tenant == "acme"
+
+    asyncio.run(scenario())
+    directory.close()
+    for opened in stores:
+        opened.close()
+    (said,) = [record.getMessage() for record in caplog.records if "looked up" in record.getMessage()]
+    assert "later spanfill" in said

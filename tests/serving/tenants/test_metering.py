@@ -18,7 +18,7 @@ from serving.tenants.journal import Delivery, Journal, deliver_orphans
 from serving.tenants.metering import Meter, collect, open_meter
 from serving.tenants.store import TenantStore, open_store
 from serving.tenants.usage import Numbered, UsageRecord
-from tests.serving.tenants.conftest import until
+from tests.serving.tenants.conftest import of_a_later_spanfill, until
 from tests.serving.tenants.postgres import Postgres
 
 ROOT = Path(__file__).parents[3]
@@ -282,3 +282,21 @@ def test_where_no_gateway_was_nothing_is_left_to_count(
     collect(sqlite_store)
     assert counted(sqlite_store) == {}
     assert not (tmp_path / "home").exists()
+
+
+def test_usage_waits_while_the_database_is_of_a_later_spanfill(
+    tmp_path: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.tenants.metering.DELIVER_SECONDS", 0.05)
+    store = open_store(sqlite_url)
+    store.create_tenant("acme")
+    later = open_store(sqlite_url)
+    with of_a_later_spanfill(sqlite_url):
+        meter = Meter(later.add_usage, tmp_path / "usage")
+        meter.add(record(1))
+        time.sleep(0.5)
+        assert counted(store) == {}
+    until(lambda: counted(store) == once(1))
+    meter.close()
+    later.close()
+    store.close()
