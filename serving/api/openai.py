@@ -5,17 +5,18 @@ an empty one an infill at the end of the text. vLLM's fields for sampling count;
 and whatever else is sent do not.
 """
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends, Path, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from serving.api.ask import Answer, Ask, Choice, Decoding, End, Piece, Reason, Service
-from serving.api.events import DONE, SSE, Stream, described, event, stream
+from serving.api.events import DONE, SSE, described, event, stream
 from serving.api.fields import (
     INTEGRAL,
     MOST_TOKENS,
@@ -176,9 +177,14 @@ class _Telling:
     def whole(self, answer: Answer) -> Completion:
         """The answer at once."""
         choices = [_choice(index, each, logprobs=self.logprobs) for index, each in enumerate(answer.choices)]
-        return Completion(
-            id=self.id, created=self.created, model=self.model, choices=choices, usage=token_usage(answer.usage)
-        )
+        return self._completion(choices, token_usage(answer.usage))
+
+    def encoded(self, answer: Answer) -> bytes:
+        """The answer at once, as JSON, encoded choice by choice: while one is encoded no other thread can run."""
+        choices = (_choice(index, each, logprobs=self.logprobs) for index, each in enumerate(answer.choices))
+        texts = ",".join(choice.model_dump_json() for choice in choices)
+        around = self._completion([], token_usage(answer.usage)).model_dump_json()
+        return around.replace('"choices":[]', f'"choices":[{texts}]').encode()
 
     def events(self, part: Piece | End) -> list[str]:
         """The chunk of a part; a chunk without choices has the usage and comes only where it was asked for."""
@@ -189,8 +195,10 @@ class _Telling:
         return [self._chunk([_choice(part.index, part, logprobs=self.logprobs)], None)]
 
     def _chunk(self, choices: list[CompletionChoice], usage: TokenUsage | None) -> str:
-        chunk = Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
-        return event(chunk.model_dump(exclude=None if self.usage else {"usage"}))
+        return event(self._completion(choices, usage).model_dump(exclude=None if self.usage else {"usage"}))
+
+    def _completion(self, choices: list[CompletionChoice], usage: TokenUsage | None) -> Completion:
+        return Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
 
 
 def _telling(sent: CompletionRequest, model: str) -> _Telling:
@@ -210,13 +218,17 @@ def router(service: Service, caller: WhoCalls) -> APIRouter:
 
     @routes.post("/v1/completions", response_model=Completion, responses=COMPLETED)
     @routes.post("/beta/completions", response_model=Completion, responses=COMPLETED)
-    async def complete(sent: CompletionRequest, who: Annotated[Caller, Depends(caller)]) -> Completion | Stream:
+    async def complete(sent: CompletionRequest, who: Annotated[Caller, Depends(caller)]) -> Completion | Response:
         """Complete prompts, or infill between each of them and the suffix; `max_tokens` 0 with `echo` scores them."""
         model = service.model(sent.model, who).name
         asks, telling = asks_of(sent), _telling(sent, model)
         if sent.stream:
             return await stream(service.stream(asks, who, model), telling.events, apology)
-        return telling.whole(await service.answer(asks, who, model))
+        answer = await service.answer(asks, who, model)
+        if not telling.logprobs:
+            return telling.whole(answer)
+        # Those of a thousand choices take seconds: not on the loop that others' tokens come by.
+        return Response(await asyncio.to_thread(telling.encoded, answer), media_type="application/json")
 
     @routes.get("/v1/models", response_model=ModelCards, responses=documented(*READ))
     async def models(who: Annotated[Caller, Depends(caller)]) -> ModelCards:

@@ -1,10 +1,13 @@
+import asyncio
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from serving.api.ask import Ask, Decoding, Piece, Reason, Token
+from serving.api.logprobs import Logprobs, logprobs_of
 from serving.errors import EngineDeadError, LimitError, UsageError
 from tests.serving.api.scripted import Scripted, client_of, events_of
 
@@ -193,6 +196,29 @@ def test_logprobs_have_the_legacy_shape_whole_and_streamed() -> None:
     assert complete(service, logprobs=2)["choices"][0]["logprobs"] == LOGPROBS
     assert chunks_of(service, logprobs=2)[0]["choices"][0]["logprobs"] == LOGPROBS
     assert complete(service)["choices"][0]["logprobs"] is None
+
+
+def test_an_answer_with_logprobs_is_encoded_beside_the_loop_and_is_otherwise_as_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def beside_the_loop(tokens: Sequence[Token]) -> Logprobs:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        return logprobs_of(tokens)
+
+    monkeypatch.setattr("serving.api.openai.logprobs_of", beside_the_loop)
+    odd = 'é\u2028"choices":[]'
+    service = Scripted(Piece(0, "a b\ufffd", TOKENS, "length"), Piece(1, odd, (Token(4, odd, 0, -0.25),), "eom"))
+    answer = client_of(service).post("/v1/completions", json=ASKED | {"logprobs": 2})
+    told, plain = answer.json(), complete(service)
+    assert answer.headers["content-type"] == "application/json"
+    assert [choice.pop("logprobs") for choice in told["choices"]] == [
+        LOGPROBS,
+        {"tokens": [odd], "token_logprobs": [-0.25], "top_logprobs": [None], "text_offset": [0]},
+    ]
+    assert [choice.pop("logprobs") for choice in plain["choices"]] == [None, None]
+    assert told | {"id": "", "created": 0} == plain | {"id": "", "created": 0}
+    assert list(told) == list(plain)
 
 
 @pytest.mark.parametrize(
