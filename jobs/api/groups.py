@@ -11,11 +11,15 @@ import pyarrow.parquet as pq
 from jobs.api.order import Options, Order, WorkFolder
 from jobs.spec import PENALTIES, SAMPLED, JobSpec
 from serving.api.ask import Ask
+from serving.api.checks import text_of
 
 MOST_GROUPS = 256
 """Each is a job that costs seconds to begin, and a file that is open while the batch is read."""
 
 FLUSH_ROWS = 1_000
+FLUSH_TEXT = 32 << 20
+"""Rows of a group, and characters of all groups together, that wait at most: a line repeats its suffix for each row."""
+
 PASSED = ("line", "prompt")
 """Columns that come out again: whose answer it is."""
 
@@ -69,6 +73,7 @@ class Groups:
         self._folder = folder
         self._closing = closing
         self._groups: dict[Options, _Group] = {}
+        self._text = 0
 
     @property
     def options(self) -> tuple[Options, ...]:
@@ -89,6 +94,15 @@ class Groups:
             identity = f"{self._order.id} {line} {prompt}" if ask.seed is None else f"seed {ask.seed}"
             row = {"id": identity, "line": line, "prompt": prompt, "prefix": ask.prefix, "suffix": ask.suffix}
             self._group(options_of(ask)).add(row)
+            self._text += text_of(ask)
+        if self._text > FLUSH_TEXT:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what waits of all groups."""
+        for group in self._groups.values():
+            group.flush()
+        self._text = 0
 
     def _group(self, options: Options) -> _Group:
         if options not in self._groups:
