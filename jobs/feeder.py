@@ -213,14 +213,17 @@ class Feeder:
 
     def _pump(self) -> None:
         """Send what the lanes have room for, one micro-batch of each in turn."""
-        more = not self._stopping
-        while more:
-            more = False
-            for lane in range(len(self._lanes)):
-                if ticket := self._lanes.take(lane):
-                    more = True
-                    flight = self._flights[ticket.unit]
-                    flight.send(self._send(flight, ticket))
+        while sum(self._take(lane) for lane in range(len(self._lanes))):
+            pass
+
+    def _take(self, lane: int) -> bool:
+        """Send a lane's next micro-batch; whether there was one."""
+        ticket = None if self._stopping else self._lanes.take(lane)
+        if ticket is None:
+            return False
+        flight = self._flights[ticket.unit]
+        flight.send(self._send(flight, ticket))
+        return True
 
     async def _send(self, flight: Flight, ticket: Ticket) -> None:
         assert self._dispatcher is not None
@@ -237,7 +240,8 @@ class Feeder:
             waiting, answered = answers[-1].waiting, answered + len(answers)
             if answered < len(requests):  # Others take the places of those that are done, however long the rest takes.
                 self._lanes.lighten(ticket, 1 - answered / len(requests))
-                self._pump()
+                while self._take(ticket.lane):
+                    pass
         self._lanes.settle(ticket, answered=answered > 0, waiting=waiting)
         flight.land(len(ticket.rows))
         self._pump()

@@ -20,6 +20,9 @@ LARGEST = 512
 CALL_SECONDS = 0.25
 """A call carries several micro-batches, up to ``LARGEST`` completions, where an engine does them in less time."""
 
+ROUNDING = 1e-6
+"""Sums of weights are as exact as that: by less no row shall be left behind."""
+
 MEMORY_SECONDS = 60.0
 """How far back a lane's speed is measured, weights falling with e."""
 
@@ -217,8 +220,9 @@ class Lanes:
             return math.inf
         mean = sum(speeds) / len(speeds)
         seconds = (self._waiting + flying) / (mean * len(self._lanes))
-        fair = seconds * (state.speed or mean) - state.left(now)
-        return fair if fair >= smallest else 0.0 if state.calls else smallest
+        left = state.left(now)
+        fair = seconds * (state.speed or mean) - left
+        return fair if fair >= min(smallest, self._waiting) * (1 - ROUNDING) else 0.0 if left else smallest
 
     def lighten(self, ticket: Ticket, left: float) -> None:
         """Give the places of rows back that are answered; the share ``left`` of the micro-batch is in flight still."""
@@ -300,6 +304,6 @@ def _fitting(queue: _Queue, batch: Batch, room: float, smallest: int) -> int:
     total = 0.0
     for count, row in enumerate(batch):
         total += queue.weights[row]
-        if total > room and count >= smallest:
+        if total > room * (1 + ROUNDING) and count >= smallest:
             return count
     return len(batch)

@@ -43,9 +43,9 @@ class JobSpec(Frozen):
     ``input`` is a file, a folder or a glob, local or a URI; ``output`` a folder that belongs to this job. Lengths are
     in tokens, ``max_error_rate`` is a share of the rows tried, ``store_patience`` is in seconds. How tokens are drawn,
     with what penalties, is said as in vLLM's ``SamplingParams``. ``tenant`` is whose job it is where one fleet serves
-    several: it parts their prefix caches, by ``weight`` their shares of the engines, and changes no infill. With
-    ``most_text``, for an input that somebody else has sent, rows with a text of more bytes are error rows, and no more
-    rows are read at once than memory allows. Raises ``ConfigError`` naming every wrong field.
+    several: it parts their prefix caches, by ``weight`` their shares of the engines, has no more rows read at once than
+    memory allows, and changes no infill. With ``most_text`` rows with a text of more bytes are error rows. Raises
+    ``ConfigError`` naming every wrong field.
     """
 
     task: Literal["infill", "score"] = "infill"

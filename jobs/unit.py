@@ -28,7 +28,7 @@ from serving.protocol import Request, Result
 
 EXAMPLES = 3
 BATCH_BYTES = 256 << 20
-"""Of rows that are written at once, once for each sample; where their texts are bounded, of those read at once too."""
+"""Of rows that are written at once, once for each sample; where a tenant has sent them, of those read at once too."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FeederConfig:
 
     def reader(self) -> UnitReader:
         """A reader of the job's rows, which come out once for each sample."""
-        most = None if self.spec.most_text is None else BATCH_BYTES // self.spec.n
+        most = None if self.spec.tenant is None else BATCH_BYTES // self.spec.n
         return UnitReader(self.input, self.schema.names, most_bytes=most)
 
 

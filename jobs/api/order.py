@@ -53,12 +53,9 @@ class Order(Frozen):
         return ServedModel(self.model, self.format, self.context, self.can_infill)
 
     def spec(self, source: str, output: Path, options: dict[str, Any]) -> JobSpec:
-        """A job of this work, whose texts are no longer than a request may be, and bounded where many are read at once.
-
-        Raises ``ConfigError``.
-        """
+        """A job of this work, whose texts are no longer than a request may be; raises ``ConfigError``."""
         own = {"input": source, "output": str(output), "tenant": self.tenant, "weight": self.weight}
-        own |= {"most_text": MOST_BODY}
+        own |= {"most_text": MOST_BODY} if self.kind == "job" else {}
         return JobSpec.parse({**self.engine, **options, **own}, where="options")
 
 

@@ -334,7 +334,8 @@ class FleetService:
         if new.total_tokens:
             self._meter(served.caller, model, new, 0 if served.metered.total_tokens else 1)
             self._metrics.used(new)
-        served.metered, served.metered_at = usage, time.monotonic()
+            served.metered = usage
+        served.metered_at = time.monotonic()
 
     def _charge(self, served: Served) -> None:
         for ticket, made in served.made:

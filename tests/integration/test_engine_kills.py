@@ -1,6 +1,7 @@
 """The real engine is killed while it infills: vLLM's core process, its replica, the command itself."""
 
 import random
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,10 @@ def killed(run: Run, output: Path, draw: random.Random) -> bool:
             owner.kill()
     working = [process for kind in ("engine", "replica", "feeder") for process in run.processes(kind)]
     run.kill("driver", draw)
-    run.wait()
+    is_killed = run.wait() == -signal.SIGKILL
     _, alive = psutil.wait_procs([*cores, *working], timeout=60)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
-    return True
+    return is_killed
 
 
 def test_kills_of_core_replica_and_driver_change_no_infill(

@@ -1,6 +1,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ from jobs.ledger import Ledger
 from jobs.plan import plan_units
 from jobs.runner import run_job
 from jobs.spec import JobSpec
+from jobs.unit import FeederConfig
 from serving.protocol import MicroBatch, MicroBatchResult
 from tests.conftest import WriteRows
 from tests.jobs.test_score import use_this_process
@@ -41,6 +44,17 @@ def test_what_a_call_raises_ends_the_unit_whatever_it_is(write_rows: WriteRows) 
         lease.release()
 
 
+@pytest.mark.parametrize(("tenant", "most"), [(None, None), ("acme", (256 << 20) // 4)])
+def test_of_what_a_tenant_has_sent_no_more_is_read_at_once_than_memory_allows(
+    tenant: str | None, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.unit.UnitReader", lambda *_, most_bytes: most_bytes)
+    spec = JobSpec(input="", output="", tenant=tenant, n=4, temperature=1.0)
+    config: Any = SimpleNamespace(spec=spec, input=None, schema=pa.schema([]))
+    reader: Any = FeederConfig.reader(config)
+    assert reader == most
+
+
 def test_a_row_whose_columns_its_samples_would_repeat_too_often_is_an_error_row(
     write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,7 +65,7 @@ def test_a_row_whose_columns_its_samples_would_repeat_too_often_is_an_error_row(
         few=pa.array(["y" * 3_000] * 3).dictionary_encode(),
     )
     told = {"input": str(source), "output": str(source.with_name("out")), "engine": "instant", "max_tokens": 1}
-    spec = JobSpec.parse(told | {"n": 4, "temperature": 1.0, "most_text": 100, "max_error_rate": 1.0})
+    spec = JobSpec.parse(told | {"n": 4, "temperature": 1.0, "tenant": "acme", "most_text": 100, "max_error_rate": 1.0})
     use_this_process(monkeypatch)
     manifest = run_job(spec)
     (error,) = pq.read_table(source.with_name("out") / "errors").to_pylist()

@@ -97,6 +97,20 @@ def test_the_places_of_rows_that_are_answered_are_given_to_others() -> None:
     assert lanes.take(0) is None, "the later two have all eight, no place was given back twice"
 
 
+def test_the_last_rows_of_a_lane_do_not_wait_for_one_that_runs_on() -> None:
+    now = 0.0
+    lanes = Lanes(1, 2, 64, clock=lambda: now)
+    lanes.add(0, groups_of([[64, 64, 3]]), [0.1] * 131)
+    first, second = lanes.take(0), lanes.take(0)
+    assert first
+    assert second
+    now = 1.0
+    lanes.lighten(first, 1 / 64)
+    last = lanes.take(0)
+    assert last
+    assert len(last.rows) == 3
+
+
 @pytest.mark.parametrize(
     ("rows", "n", "replicas"), [(164, 200, 8), (64, 16, 8), (10, 100, 8), (3_000, 1, 100), (7, 1, 8)]
 )

@@ -9,13 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.api import lines
-from jobs.api.groups import group_spec
 from jobs.api.lines import Record, read_records
 from jobs.api.order import LineError, Options, Order, Plan, WorkFolder
 from jobs.api.translation import plan_of
-from jobs.rows import row_prompts
-from serving.api.edge import MOST_BODY
-from serving.formats import load_format
 from tests.jobs.routed import ask, jsonl
 
 
@@ -100,19 +96,6 @@ def test_rows_wait_until_they_are_many_or_their_text_is_much(
         assert [row["suffix"] for row in rows(folder, group)] == [text for text in texts[group::2] for _ in "ab"]
         metadata = pq.read_metadata(folder.rows(group))
         assert [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)] == written
-
-
-def test_a_batchs_jobs_read_no_more_text_at_once_than_memory_allows_and_ordinary_rows_as_ever(
-    folder: WorkFolder,
-) -> None:
-    plan = translated(folder, jsonl(ask("a", prompt=["one", "two"], suffix="\n"), ask("b", prompt="three\u00e9")))
-    spec = group_spec(order(folder), folder, 0, plan.groups[0])
-    assert spec.most_text == MOST_BODY
-    (batch,) = pq.read_table(folder.rows(0)).to_batches()
-    fmt = load_format("codegen25")
-    assert row_prompts(spec, fmt, 2_048, batch) == row_prompts(
-        spec.model_copy(update={"most_text": None}), fmt, 2_048, batch
-    )
 
 
 def test_a_batch_is_read_once(folder: WorkFolder) -> None:
