@@ -97,9 +97,8 @@ class Lanes:
     """``count`` lanes of at first ``window`` calls in flight, each of micro-batches of at most ``batch_rows`` rows.
 
     A row weighs what it costs an engine, in any unit: tokens to compute, say; of each row it makes ``n`` completions.
-    Where so many calls of the first unit's
-    rows would weigh more than ``room``, windows begin smaller, with two at least. Of units with few rows for a lane a
-    window holds more calls.
+    Where so many calls of the first unit's rows would weigh more than ``room``, windows begin smaller, with two at
+    least. Of units with few rows for a lane a window holds more calls.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from jobs.lanes import Batch, Lanes, Ticket
@@ -194,8 +195,7 @@ class Study:
     def _stepped(self, replica: _Replica) -> None:
         for call in replica.finish_step(self.now):
             waiting = len(replica.scheduler.waiting)
-            told = lambda call=call, left=call.left, waiting=waiting: self._answered(call, left, waiting)  # noqa: E731
-            self._at(self.now + self._call / 2, told)
+            self._at(self.now + self._call / 2, partial(self._answered, call, call.left, waiting))
         replica.stepping = replica.scheduler.busy
         if replica.stepping:
             self._at(self.now + replica.step(), lambda: self._stepped(replica))

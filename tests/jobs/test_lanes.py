@@ -24,6 +24,14 @@ def groups_of(sizes: list[list[int]], first: int = 0) -> list[list[list[int]]]:
     return [[[next(rows) for _ in range(size)] for size in group] for group in sizes]
 
 
+def two_calls(lanes: Lanes) -> tuple[Ticket, Ticket]:
+    """The first lane's next two."""
+    first, second = lanes.take(0), lanes.take(0)
+    assert first
+    assert second
+    return first, second
+
+
 @given(st.lists(GROUPS, min_size=1, max_size=3), st.integers(1, 5), st.integers(1, 3), st.data())
 def test_every_row_is_taken_once_whoever_asks(
     units: list[list[list[int]]], count: int, window: int, data: st.DataObject
@@ -64,9 +72,7 @@ def test_the_window_bounds_what_is_in_flight_and_follows_the_engines_queue() -> 
     now = itertools.count()
     lanes = Lanes(1, 2, 4, clock=lambda: float(next(now)))
     lanes.add(0, groups_of([[4] * 100]), EVEN)
-    first, second = lanes.take(0), lanes.take(0)
-    assert first
-    assert second
+    first, second = two_calls(lanes)
     assert lanes.take(0) is None
     lanes.settle(first, answered=True, waiting=0)
     lanes.settle(first, answered=True, waiting=0)
@@ -81,9 +87,7 @@ def test_the_places_of_rows_that_are_answered_are_given_to_others() -> None:
     now = itertools.count()
     lanes = Lanes(1, 2, 4, clock=lambda: float(next(now)))
     lanes.add(0, groups_of([[4] * 10]), EVEN)
-    first, second = lanes.take(0), lanes.take(0)
-    assert first
-    assert second
+    first, second = two_calls(lanes)
     lanes.lighten(first, 0.5)
     assert lanes.take(0), "two of eight places are free"
     assert lanes.take(0) is None
@@ -101,9 +105,7 @@ def test_the_last_rows_of_a_lane_do_not_wait_for_one_that_runs_on() -> None:
     now = 0.0
     lanes = Lanes(1, 2, 64, clock=lambda: now)
     lanes.add(0, groups_of([[64, 64, 3]]), [0.1] * 131)
-    first, second = lanes.take(0), lanes.take(0)
-    assert first
-    assert second
+    first, _ = two_calls(lanes)
     now = 1.0
     lanes.lighten(first, 1 / 64)
     last = lanes.take(0)
@@ -118,12 +120,8 @@ def test_a_small_job_has_something_for_every_replica(rows: int, n: int, replicas
     spec = JobSpec(input="", output="", n=n, temperature=1.0)
     route, _ = route_of(replicas, EngineInfo("vllm", "", 2_048, 256, 16, 117_000), spec, rows=rows, units=1)
     lanes = Lanes(replicas, route.window, route.batch_rows, n=n, room=route.room)
-    left, size = rows, route.batch_rows
-    batches = []
-    while left:
-        batches.append(min(left, size))
-        left -= batches[-1]
-    lanes.add(0, groups_of([batches]), [1.0] * rows)
+    size = route.batch_rows
+    lanes.add(0, groups_of([[min(size, rows - at) for at in range(0, rows, size)]]), [1.0] * rows)
     taken = [len(ticket.rows) for lane in range(replicas) if (ticket := lanes.take(lane))]
     assert len(taken) == min(rows, replicas)
     assert max(taken) * replicas <= rows + 4 * replicas
