@@ -13,7 +13,7 @@ SCATTERED = (
 )
 RATIO_ASSUMED = (
     "The finished jobs tell the scale alone; how an output token compares with a prompt token is assumed from a "
-    "roofline. Rates predicted from one job missed by 13 to 45 % on two CPU cores: take them for a rough guess. Give "
+    "roofline. Rates predicted from one job missed by 2 to 103 % on two CPU cores: take them for a rough guess. Give "
     "--calibrate two jobs of different shapes (long outputs, short outputs) to measure both."
 )
 FORMULA = (

@@ -20,6 +20,9 @@ from serving.errors import InputChangedError, InputError
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 READ_ROWS = 1_024
+READ_BYTES = 64 << 20
+"""Of rows that are read at once, uncompressed, as far as a row group's mean row tells."""
+
 FOOTER_READERS = 16
 RETRY_SECONDS = 1.0
 OUTPUT_COLUMNS = [
@@ -267,8 +270,8 @@ def is_text(kind: pa.DataType) -> bool:
 class UnitReader:
     """Streams units' rows; consecutive units of one file go on where the last one ended, in one pass over it.
 
-    Rows that are read at once have about ``most_bytes`` bytes at most, whatever encoding they have; one row is always
-    read.
+    Rows that are read at once have ``READ_BYTES`` at most where they are alike, and about ``most_bytes`` whatever they
+    are and whatever encoding they have; one row is always read.
     """
 
     def __init__(self, root: Location, columns: Sequence[str], *, most_bytes: int | None = None) -> None:
@@ -333,11 +336,12 @@ class UnitReader:
     ) -> Iterator[pa.RecordBatch]:
         """The batches from row group ``group`` on, whose first row is ``at``; one group is held at a time."""
         for number in range(group, parquet.num_row_groups):
-            stop = at + parquet.metadata.row_group(number).num_rows
+            metadata = parquet.metadata.row_group(number)
+            stop = at + metadata.num_rows
             self._group = f"rows {at} to {stop} (row group {number})"
-            rows = READ_ROWS
+            rows = max(1, min(READ_ROWS, READ_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)))
             if self._most is not None:
-                widest = row_bytes(source, parquet.metadata.row_group(number), self._columns)
+                widest = row_bytes(source, metadata, self._columns)
                 rows = max(1, min(rows, self._most // max(1, widest)))
             for batch in parquet.iter_batches(rows, row_groups=[number], columns=self._columns):
                 yield from [batch] if self._most is None else halved(batch, batch.schema.names, self._most)

@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import ceil
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,16 +28,19 @@ RUNS_OF_ROWS = 8
 """The sample's rows stand next to each other in the input by so many runs, since neighbours share their prompts."""
 
 ROWS, GPU_ROWS = 256, 2_048
-"""The sample, unless it is told: it fills each batch that is tried on such a machine twice over."""
+"""The sample of one engine, unless it is told: it fills each batch that is tried on such a machine twice over."""
 
 GRID = (
-    Knob("max_num_seqs", (32, 64, 128, 256, 512, 1_024)),
     Knob("max_num_batched_tokens", (2_048, 4_096, 8_192, 16_384)),
     Knob("async_scheduling", (True, False)),
     Knob("enable_chunked_prefill", (True, False)),
     Knob("block_size", (32, 64, 128, 16)),
+    Knob("max_num_seqs", (32, 64, 128, 256, 512, 1_024)),
 )
-"""What is tried. All are arguments of speed and memory: a begun job goes on with other ones."""
+"""What is tried, last what has the most values, of which the KV cache may hold the lower ones alone.
+
+All are arguments of speed and memory: a begun job goes on with other ones.
+"""
 
 
 NEEDS_GPU = {
@@ -46,15 +50,26 @@ NEEDS_GPU = {
 """What is tried with vLLM's build for GPUs alone, and why."""
 
 
-def objection(name: str, asked: Settings, in_force: Settings, *, rows: int, max_model_len: int, gpu: bool) -> str:
+def objection(
+    name: str,
+    asked: Settings,
+    in_force: Settings,
+    *,
+    rows: int,
+    max_model_len: int,
+    gpu: bool,
+    replicas: int = 1,
+    samples: int = 1,
+) -> str:
     """Why it makes no sense to try the value of ``name`` that is ``asked`` for on a sample of ``rows``, or nothing.
 
+    ``replicas`` share the rows, of each of which ``samples`` are made.
     A budget that is not asked for is no obstacle: vLLM raises it to what prompts need that may not be cut.
     """
     if name in NEEDS_GPU and not gpu:
         return NEEDS_GPU[name]
-    if name == "max_num_seqs" and 2 * asked[name] > rows:
-        return f"{rows:,} rows do not fill it twice over, {2 * asked[name]:,} would (--rows)"
+    if name == "max_num_seqs" and (needed := ceil(2 * asked[name] * replicas / samples)) > rows:
+        return f"{rows:,} rows do not fill it twice over, {needed:,} would (--rows)"
     budget, is_cut = asked.get("max_num_batched_tokens"), (in_force | asked).get("enable_chunked_prefill", True)
     if budget is not None and budget < max_model_len and not is_cut:
         return f"a prompt of up to {max_model_len:,} tokens would not fit a step, and it may not be cut"
@@ -73,13 +88,14 @@ def tune(
 ) -> Tuning:
     """Find engine arguments that infill a sample of ``spec.input`` faster; ``spec.engine_args`` are the baseline.
 
-    The sample has ``rows`` rows, or ``GPU_ROWS`` where vLLM is the one for GPUs and ``ROWS`` elsewhere. The baseline
-    runs first, three times; after ``minutes`` no trial is begun. Each has engines of its own, whatever fleet runs.
-    ``tell`` is called after each, ``watcher`` hears what the runs say. Raises what ``run_job`` raises when the baseline
-    itself cannot run.
+    The sample has ``rows`` rows, or ``GPU_ROWS`` where vLLM is the one for GPUs and ``ROWS`` elsewhere, as many times as
+    there are replicas for each sample of a row. The baseline runs first, three times; after ``minutes`` no trial is
+    begun. Each has engines of its own, whatever fleet runs. ``tell`` is called after each, ``watcher`` hears what the
+    runs say. Raises what ``run_job`` raises when the baseline itself cannot run.
     """
     job, gpu, deadline = prepare_job(spec), is_gpu_build(), clock() + 60 * minutes
-    length, wanted = job.engine.max_model_len, rows or (GPU_ROWS if gpu and spec.engine == "vllm" else ROWS)
+    length, usual = job.engine.max_model_len, GPU_ROWS if gpu and spec.engine == "vllm" else ROWS
+    wanted = rows or usual * ceil(spec.replicas / spec.n)
     with tempfile.TemporaryDirectory(prefix="spanfill-tune-") as folder:
         sample = Path(folder, "rows.parquet")
         rows_to_try = sample_rows(job, wanted)
@@ -89,7 +105,14 @@ def tune(
             knobs,
             spec.engine_args,
             late=lambda: clock() >= deadline,
-            objection=partial(objection, rows=rows_to_try.num_rows, max_model_len=length, gpu=gpu),
+            objection=partial(
+                objection,
+                rows=rows_to_try.num_rows,
+                max_model_len=length,
+                gpu=gpu,
+                replicas=spec.replicas,
+                samples=spec.n,
+            ),
             tell=tell,
         )
 

@@ -21,7 +21,8 @@ def tune(
     ] = Path("engine.yaml"),
     job: JobFiles = None,
     rows: Annotated[
-        int | None, typer.Option(help="Rows of the sample (default: 256; with vLLM's build for GPUs 2,048).", min=2)
+        int | None,
+        typer.Option(help="Rows of the sample (default: 256 an engine; with vLLM's build for GPUs 2,048).", min=2),
     ] = None,
     minutes: Annotated[
         float, typer.Option(help="Begin no trial after so long; the baseline runs first, three times.", min=0)

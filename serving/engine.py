@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from serving.config import EngineConfig
@@ -111,12 +112,13 @@ class VllmEngine:
             return refused
         watches = await stop_watches(request, sampling)
         token_ids = list(request.token_ids)
+        further = replace(sampling, prompt_logprobs=False)  # vLLM computes the whole prompt for them, cached or not.
         try:
             with _translated(self._llm):
                 outputs = await asyncio.gather(
                     *(
-                        self._sample(token_ids, sampling, seed, watch, priority, cache_salt)
-                        for seed, watch in zip(request.seeds, watches, strict=True)
+                        self._sample(token_ids, further if sample else sampling, seed, watch, priority, cache_salt)
+                        for sample, (seed, watch) in enumerate(zip(request.seeds, watches, strict=True))
                     )
                 )
         except EngineDeadError:

@@ -1,7 +1,9 @@
 """Infill formats as data, and the way from (prefix, suffix) to prompt ids and from completion ids to an infill."""
 
 import array
-from collections.abc import Sequence
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -23,6 +25,10 @@ class Part(Enum):
 
 Ids: TypeAlias = "array.array[int]"
 P, S = Part.PREFIX, Part.SUFFIX
+CHARACTER_TOKENS = 4
+"""A character has four bytes at most, so no more tokens."""
+
+BROKEN = "\ufffd"
 MARKER = "☺"
 """What is encoded before a SentencePiece text so that it gets no leading blank, as in Code Llama's own code."""
 
@@ -331,21 +337,29 @@ class Format:
         """The first place at or after ``start`` that is between two characters, and the characters from there on."""
         if start == 0:
             return 0, len(text)
-        for place in range(start, len(ids)):
+        whole: tuple[int, str] | None = None
+        for place in range(start, min(start + CHARACTER_TOKENS, len(ids) + 1)):
             kept = self.decode(ids[place:])
             if text.endswith(kept):
                 return place, len(kept)
-        return len(ids), 0
+            if whole is None and not kept.startswith(BROKEN):
+                whole = place, kept
+        place, kept = whole or (start, self.decode(ids[start:]))
+        return place, _chars_of(kept, len(text), lambda chars: text[len(text) - chars :])
 
     def _suffix_to(self, text: str, ids: Ids, stop: int) -> tuple[int, int]:
         """The last place at or before ``stop`` that is between two characters, and the characters up to there."""
         if stop == len(ids):
             return stop, len(text)
-        for place in range(stop, 0, -1):
+        whole: tuple[int, str] | None = None
+        for place in range(stop, max(stop - CHARACTER_TOKENS, -1), -1):
             kept = self.decode(ids[:place])
             if text.startswith(kept):
                 return place, len(kept)
-        return 0, 0
+            if whole is None and not kept.endswith(BROKEN):
+                whole = place, kept
+        place, kept = whole or (stop, self.decode(ids[:stop]))
+        return place, _chars_of(kept, len(text), lambda chars: text[:chars])
 
     def _lay_out(self, before: Ids, after: Ids, suffix: str | None) -> Ids:
         ids = array.array("i", self._head)
@@ -400,3 +414,13 @@ class Format:
         reason = self.finish_reason(stop_token_id if at is None else token_ids[at])
         cut = find_cut(text, stop, until, least=least)
         return Infill(text[: cut.at], cut.reason) if cut else Infill(text, reason)
+
+
+def _chars_of(normal: str, most: int, part: Callable[[int], str]) -> int:
+    """How many characters of a text, of which ``part`` gives so many, its tokenizer has read as ``normal``.
+
+    Qwen's composes them (NFC), so that a letter and its accent are one.
+    """
+    return (
+        bisect_right(range(most + 1), len(normal), key=lambda chars: len(unicodedata.normalize("NFC", part(chars)))) - 1
+    )

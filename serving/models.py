@@ -133,14 +133,19 @@ def resolve_model(
     Nothing is fetched. ``format`` overrides what the model's configuration tells; a folder needs no weights where
     ``weights`` is False: nothing reads them. Raises ``ModelError`` naming what is missing and what to do.
     """
-    found = _resolve(model, weights)
-    changed: dict[str, Any] = {"revision": revision} if revision else {}
+    found = find_model(model, revision=revision, weights=weights)
     if format or found.format:
-        return replace(found, format=format or found.format, **changed)
+        return replace(found, format=format or found.format)
     raise ModelError(f"{model}: its configuration does not tell its infill format.", remedy="Name it with --format.")
 
 
-def _resolve(model: str, weights: bool) -> Model:
+def find_model(model: str, *, revision: str | None = None, weights: bool = True) -> Model:
+    """As ``resolve_model``; its format is empty where its configuration does not tell it."""
+    found = _found(model, weights)
+    return replace(found, revision=revision) if revision else found
+
+
+def _found(model: str, weights: bool) -> Model:
     if model in KNOWN_MODELS:
         known = KNOWN_MODELS[model]
         return known if known.hub_id else replace(known, path=_packaged(known.name))

@@ -1,6 +1,8 @@
 """How calls reach replicas: as streams, at the lane that the first argument names, whose prefix cache is met again."""
 
 import random
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -9,7 +11,11 @@ from serving.protocol import MicroBatch
 
 
 class LaneRouter(RequestRouter):  # type: ignore[misc]
-    """Replicas in the order of their ids are lanes 0, 1, ...; calls without a lane go to the less busy of two."""
+    """Each replica that is there is one of the lanes 0, 1, ...; calls without a lane go to the less busy of two."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._lanes: list[str] = []
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -19,8 +25,26 @@ class LaneRouter(RequestRouter):  # type: ignore[misc]
         some = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
         if lane is None or not candidate_replicas:
             return [some]
-        replicas = sorted(candidate_replicas, key=lambda replica: replica.replica_id.unique_id)
-        return [[replicas[lane % len(replicas)]], some]
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        self._lanes = settled(self._lanes, replicas)
+        return [[replicas[self._lanes[lane % len(replicas)]]], some]
+
+
+def settled(lanes: Sequence[str], present: Collection[str]) -> list[str]:
+    """The lanes' replicas after some came or went: of the others as few as can be change theirs.
+
+    A new one takes the lane of one that is gone, or a further one; where none is new, the last one takes it.
+    """
+    new = sorted(set(present).difference(lanes))
+    kept = [replica if replica in present else "" for replica in lanes]
+    for gap in [lane for lane, replica in enumerate(kept) if not replica]:
+        if new:
+            kept[gap] = new.pop(0)
+    while "" in kept:
+        last = kept.pop()
+        if last:
+            kept[kept.index("")] = last
+    return kept + new
 
 
 def streamed(handle: DeploymentHandle) -> DeploymentHandle:

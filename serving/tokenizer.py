@@ -111,9 +111,9 @@ def load_tokenizer(model: str, *, revision: str | None = None) -> Tokenizer:
     """
     if model == CODEGEN25:
         return codegen25()
-    from serving.models import resolve_model
+    from serving.models import find_model
 
-    known = resolve_model(model, revision=revision, weights=False)
+    known = find_model(model, revision=revision, weights=False)
     if known.format == CODEGEN25:
         return codegen25()
     return _hugging_face(str(known.path or known.hub_id), known.revision)

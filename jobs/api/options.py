@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from jobs.spec import JobSpec
 from serving.api.fields import MOST_STOPS, Flag, Integer, Name, Number, Penalty, Repetition, Share, StopWord
@@ -11,6 +12,7 @@ from serving.errors import ConfigError
 MOST_SAMPLES = 128
 MOST_COLUMNS = 1_000
 MOST_LENGTH = 1 << 20
+MOST_NAMED = 64
 FEW = 8
 
 LEAST_PART, MOST_PART = 1_000, 100_000
@@ -50,6 +52,15 @@ class JobOptions(BaseModel):
     compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] | None = None
     limit: Annotated[Integer, Field(ge=1)] | None = None
     max_error_rate: Share | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _are_known(cls, sent: Any) -> Any:
+        unknown = [name for name in sent if name not in cls.model_fields] if isinstance(sent, dict) else []
+        if unknown:
+            what = {"name": str(unknown[0])[:MOST_NAMED], "options": ", ".join(cls.model_fields)}
+            raise PydanticCustomError("unknown_option", "{name} is none; there are {options}", what)
+        return sent
 
     def chosen(self) -> dict[str, Any]:
         """What is not left out; raises ``ConfigError`` for what does not go together."""

@@ -1,6 +1,4 @@
-"""A file that comes as ``multipart/form-data``: to the disk as it comes, a chunk in memory at a time, and no further
-than it may be long.
-"""
+"""A file that comes as ``multipart/form-data``: to the disk as Serve hands it on, and no more than it may hold."""
 
 import asyncio
 import os
@@ -103,6 +101,8 @@ class Upload:
             self._parser.write(chunk)
         except FormParserError as error:
             raise _no_form(f"The form is malformed: {error}") from None
+        if self._seen - self._size > ENVELOPE_BYTES:
+            raise _no_form(f"The form holds more than {ENVELOPE_BYTES:,} bytes besides its file")
 
     def finish(self) -> Uploaded:
         """What came, on the disk."""

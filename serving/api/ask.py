@@ -5,7 +5,7 @@ A dialect makes ``Ask`` of what its clients send, gives them to a ``Service``, a
 """
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from serving.tenants.caller import Caller
@@ -158,7 +158,6 @@ class ServedModel:
     created: int = 0
     licence: str | None = None
     notice: str | None = None
-    details: dict[str, str] = field(default_factory=dict)
 
 
 class Service(Protocol):

@@ -4,6 +4,7 @@ says how the caller stands.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,10 +16,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api.door import Door
 from serving.api.metrics import Metrics
 from serving.api.replies import reply
-from serving.errors import SpanfillError
+from serving.errors import OverloadedError, SpanfillError
 
 MOST_BODY = 4 << 20
 """Bytes of a request's body; a route that takes larger ones (files) is named in ``larger``."""
+
+BODY_SECONDS = 30.0
+"""A body may take so long to come, and longer by what has come at ``BODY_RATE``."""
+
+BODY_RATE = 16 << 10
+"""Bytes a second that a body brings at least."""
+
+COMING_BODIES = 500
+"""Bodies of one tenant that are on their way at once: a quarter of what a gateway holds open. Nothing else bounds what
+is sent slowly, since a request is admitted when it is read."""
 
 GONE, FAILED = 499, 500
 """How a request is counted whose client went away, and one that raised what nobody expected."""
@@ -39,8 +50,8 @@ class Edge:
     """ASGI middleware.
 
     What ``guarded`` routes would answer is let in by the ``door`` before anything of the body is read: else whoever
-    has no key could keep the gateway busy with bodies. ``larger`` gives the bytes that the bodies of some paths may
-    have instead of ``MOST_BODY``.
+    has no key could keep the gateway busy with bodies. Nor may a body that comes slowly, or many of one tenant, keep
+    others out. ``larger`` gives the bytes that the bodies of some paths may have instead of ``MOST_BODY``.
     """
 
     def __init__(
@@ -56,6 +67,7 @@ class Edge:
         self._door = door
         self._guarded = guarded
         self._larger = larger or {}
+        self._coming: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -85,17 +97,24 @@ class Edge:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = next((route for route in self._guarded if route.matches(scope)[0] is Match.FULL), None)
+        tenant = ""
         if route is not None:
             try:
-                await self._door.let_in(scope)
+                tenant = (await self._door.let_in(scope)).tenant
+                self._check_coming(tenant)
             except SpanfillError as error:
                 scope["route"] = route
                 await _turned_away(scope, receive, send, error)
                 return
-        await self._app(scope, _bounded(scope, receive, self._most(scope)), send)
+        with _Body(scope, receive, self._larger.get(scope["path"], MOST_BODY), self._coming, tenant) as body:
+            await self._app(scope, body.receive, send)
 
-    def _most(self, scope: Scope) -> int:
-        return self._larger.get(scope["path"], MOST_BODY)
+    def _check_coming(self, tenant: str) -> None:
+        if self._coming[tenant] >= COMING_BODIES:
+            raise OverloadedError(
+                f"{COMING_BODIES} requests of this tenant are being sent.",
+                remedy="Send the bodies of some before you begin others.",
+            )
 
 
 async def _turned_away(scope: Scope, receive: Receive, send: Send, error: SpanfillError) -> None:
@@ -107,24 +126,58 @@ async def _turned_away(scope: Scope, receive: Receive, send: Send, error: Spanfi
     await answer(scope, receive, send)
 
 
-def _bounded(scope: Scope, receive: Receive, most: int) -> Receive:
-    """``receive`` that refuses a body of more than ``most`` bytes, by its header or as it comes.
+class _Body:
+    """A request's body on its way: refused beyond ``most`` bytes, by its header or as it comes, and when it is slow.
 
-    The error must be FastAPI's own: of any other it would make that the body cannot be read.
+    Where there is one it is counted under its tenant in ``coming`` until it has come or is given up. Errors must be
+    FastAPI's own: of any other it would make that the body cannot be read.
     """
-    seen = 0
-    told = dict(scope["headers"]).get(b"content-length", b"0")
 
-    async def bounded() -> Message:
-        nonlocal seen
-        message = await receive()
+    def __init__(self, scope: Scope, receive: Receive, most: int, coming: Counter[str], tenant: str) -> None:
+        headers = dict(scope["headers"])
+        told = headers.get(b"content-length", b"0")
+        self._receive = receive
+        self._most = most
+        self._told = int(told) if told.isdigit() else 0
+        self._seen = 0
+        self._began = asyncio.get_running_loop().time()
+        self._coming = coming
+        self._tenant = tenant
+        self._is_whole = False
+        self._is_counted = self._told > 0 or b"transfer-encoding" in headers
+        if self._is_counted:
+            coming[tenant] += 1
+
+    def __enter__(self) -> "_Body":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends()
+
+    async def receive(self) -> Message:
+        """The next part of the body, and behind it what else the client does."""
+        if self._is_whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._began + BODY_SECONDS + self._seen / BODY_RATE):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, "The body does not come") from None
         if message["type"] == "http.request":
-            seen += len(message.get("body", b""))
-            if seen > most or (told.isdigit() and int(told) > most):
-                raise HTTPException(413, f"The body is larger than {most:,} bytes")
+            self._seen += len(message.get("body", b""))
+            if max(self._seen, self._told) > self._most:
+                raise HTTPException(413, f"The body is larger than {self._most:,} bytes")
+        if not message.get("more_body", False):
+            self._is_whole = True
+            self._ends()
         return message
 
-    return bounded
+    def _ends(self) -> None:
+        if self._is_counted:
+            self._is_counted = False
+            self._coming[self._tenant] -= 1
+            if not self._coming[self._tenant]:
+                del self._coming[self._tenant]
 
 
 def _route(scope: Scope) -> str:

@@ -21,7 +21,6 @@ class ModelCard(BaseModel):
     infill: bool
     licence: str | None
     notice: str | None
-    details: dict[str, str]
 
 
 class ModelCards(BaseModel):
@@ -42,7 +41,6 @@ def card_of(model: ServedModel) -> ModelCard:
         infill=model.can_infill,
         licence=model.licence,
         notice=model.notice,
-        details=model.details,
     )
 
 

@@ -82,7 +82,9 @@ class FimChunk(BaseModel):
 
 def ask_of(sent: FimRequest, model: ServedModel) -> Ask:
     """What is asked."""
-    tokens = within(None, model.context) if sent.max_tokens is None else sent.max_tokens
+    tokens = sent.max_tokens
+    if tokens is None or tokens >= model.context:  # Continue asks for 4,096 of whatever model.
+        tokens = within(tokens, model.context)
     return Ask(
         prefix=sent.prompt,
         suffix=sent.suffix,

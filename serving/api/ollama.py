@@ -72,7 +72,6 @@ def ask_of(sent: GenerateRequest, model: ServedModel) -> Ask:
         seed=seed_of(options.seed),
         stop=stop_words(options.stop),
         decoding=decoding(options, DEFAULT),
-        reported=True,
     )
 
 

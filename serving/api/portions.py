@@ -35,7 +35,7 @@ def portions_of(rendered: Sequence[Rendered], share: Capacity | None) -> list[Po
     taken: dict[int, range] = {}
     count = tokens = 0
     for key, each in enumerate(rendered):
-        for sample in range(each.ask.n):
+        for sample in range(each.samples):
             more = each.sample_tokens + (0 if key in taken else len(each.token_ids))
             if taken and share and (count >= share.samples or tokens + more > share.tokens):
                 portions.append(Portion(taken))

@@ -19,9 +19,14 @@ class Rendered:
     truncated: bool
 
     @property
+    def samples(self) -> int:
+        """Samples that the engine makes: one of a prompt alone, which all choices show."""
+        return self.ask.n if self.ask.max_tokens else 1
+
+    @property
     def output_tokens(self) -> int:
         """Tokens that the engine may come to make, of all samples."""
-        return self.ask.n * self.sample_tokens
+        return self.samples * self.sample_tokens
 
     @property
     def sample_tokens(self) -> int:

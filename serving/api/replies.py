@@ -32,6 +32,7 @@ MEANINGS = {
     401: "There is no key, or it is unknown, revoked or expired.",
     403: "The key may not do this.",
     404: "There is nothing of that name for this key.",
+    408: "The body came too slowly.",
     413: "The body is too large.",
     416: "The file has no such range.",
     429: "A limit of the tenant or the key is reached.",
@@ -39,7 +40,7 @@ MEANINGS = {
     501: "The model cannot infill.",
     503: "Too many requests wait, or no engine is ready.",
 }
-POSTED = (400, 401, 403, 404, 413, 429, 500, 503)
+POSTED = (400, 401, 403, 404, 408, 413, 429, 500, 503)
 READ = (401, 403, 404, 429, 500, 503)
 WAITS = {
     "Retry-After": {"description": "Whole seconds to wait.", "schema": {"type": "integer"}},
@@ -49,11 +50,19 @@ WAITS = {
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 LLAMACPP_TYPES = {404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
 
-HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 416: "no_such_range"}
+HTTP_CODES = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "too_slow",
+    413: "too_large",
+    416: "no_such_range",
+}
 HTTP_REMEDIES = {
     400: "Send one JSON object in UTF-8.",
     404: "GET /openapi.json lists the paths.",
     405: "Use a method that the Allow header names.",
+    408: "Send it all at once.",
     413: "Send less at a time.",
     416: "The Content-Range header tells the size.",
 }

@@ -50,7 +50,7 @@ class Served:
         if self.failed and not self.cached:
             return Usage()
         prompt = sum(len(self.rendered[key].token_ids) for key in self.begun)
-        samples = sum(r.ask.n for r in self.rendered) / max(1, len(self.rendered))
+        samples = sum(r.samples for r in self.rendered) / max(1, len(self.rendered))
         return Usage(prompt, self.completion_tokens, min(prompt, round(sum(self.cached.values()) / max(1, samples))))
 
     @property
@@ -85,7 +85,7 @@ def demand_of(rendered: Sequence[Rendered], caller: Caller, patience: float, *, 
         caller,
         sum(len(r.token_ids) for r in rendered),
         sum(r.output_tokens for r in rendered),
-        sum(r.ask.n for r in rendered),
+        sum(r.samples for r in rendered),
         patience,
         runs=runs,
     )

@@ -42,6 +42,9 @@ LARGE_CHARS = 200_000
 """Requests with more text are tokenised one after the other, tenants in turn: 4 MB take seconds, and nobody was
 admitted yet."""
 
+FEW_CHARS, RENDERS = 4_000, 2
+"""Of those with more than a few characters, two of a tenant are tokenised at once: all share a gateway's threads."""
+
 
 class Desk(Protocol):
     """What the service needs of ``serving.tenants.desk.Desk``."""
@@ -94,6 +97,7 @@ class FleetService:
         self._metrics = metrics
         self._large = asyncio.Lock()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._renders: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     @property
     def models(self) -> Sequence[ServedModel]:
@@ -256,23 +260,29 @@ class FleetService:
         def rendered() -> list[Rendered]:
             return [render(ask, fmt, model.context) for ask in asks]
 
-        is_large = sum(map(text_of, asks)) > LARGE_CHARS
-        return await (self._in_turn(caller, rendered) if is_large else asyncio.to_thread(rendered))
+        chars = sum(map(text_of, asks))
+        if chars <= FEW_CHARS:
+            return await asyncio.to_thread(rendered)
+        if chars <= LARGE_CHARS:
+            return await self._in_turn([self._renders.setdefault(caller.tenant, asyncio.Semaphore(RENDERS))], rendered)
+        # Of each tenant one waits with those of others.
+        return await self._in_turn([self._turns.setdefault(caller.tenant, asyncio.Lock()), self._large], rendered)
 
-    async def _in_turn(self, caller: Caller, work: Callable[[], list[Rendered]]) -> list[Rendered]:
-        """Tokenise a large text on a thread while no other is; of each tenant one waits with those of others.
+    async def _in_turn(
+        self, locks: Sequence[asyncio.Lock | asyncio.Semaphore], work: Callable[[], list[Rendered]]
+    ) -> list[Rendered]:
+        """Tokenise on a thread with these locks.
 
         No thread can be stopped: the turn is over when it has ended, although its client may be gone before.
         """
-        own = self._turns.setdefault(caller.tenant, asyncio.Lock())
         with ExitStack() as held:
             try:
                 async with asyncio.timeout(PATIENCE_SECONDS):
-                    for lock in (own, self._large):
+                    for lock in locks:
                         await lock.acquire()
                         held.callback(lock.release)
             except TimeoutError:
-                raise OverloadedError("too many large texts wait to be tokenised.", remedy="Try again later.") from None
+                raise OverloadedError("too many texts wait to be tokenised.", remedy="Try again later.") from None
             working = asyncio.get_running_loop().run_in_executor(None, work)
             turn = held.pop_all()
         working.add_done_callback(lambda _: turn.close())
@@ -284,6 +294,8 @@ class FleetService:
     def _batch(self, served: Served, portion: Portion) -> MicroBatch:
         engines, ask = self._engines, served.rendered[0].ask
         sampling = sampling_of(ask, engines.fmt, format_name=engines.model.format, tokenizer=engines.tokenizer)
+        if all(samples.start for samples in portion.samples.values()):
+            sampling = replace(sampling, prompt_logprobs=False)  # An earlier portion has told them.
         requests = tuple(request_of(served.rendered[key], key, samples) for key, samples in portion.samples.items())
         return MicroBatch(requests, sampling, priority=INTERACTIVE_PRIORITY, cache_salt=served.caller.cache_salt)
 

@@ -71,7 +71,7 @@ class Admission:
 
     @property
     def serving(self) -> int:
-        """Requests that run; batch work is to leave them room."""
+        """Requests that run."""
         return self._serving
 
     @property

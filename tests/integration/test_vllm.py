@@ -110,6 +110,21 @@ def test_logprobs_come_with_completion_and_prompt(engine: VllmEngine, wait: Awai
     assert all(logprob <= 0 for logprob in result.prompt_logprobs)
 
 
+def test_a_prompts_logprobs_are_computed_with_one_sample_and_the_others_find_it_cached(
+    engine: VllmEngine, wait: Await
+) -> None:
+    """vLLM reads no cache for them: asked of each sample, the prompt was computed as often."""
+    prompt = [token_id + 7 for token_id in PROMPT]
+    request = Request(0, prompt, (1, 2, 3, 4))
+    (result,) = ask(engine, wait, request, prompt_logprobs=True, max_tokens=2, temperature=1.0)
+    assert result.prompt_logprobs is not None
+    assert len(result.prompt_logprobs) == len(prompt) - 1
+    assert len(result.completions) == 4
+    (again,) = ask(engine, wait, request, prompt_logprobs=True, max_tokens=2, temperature=1.0)
+    assert again.cached_tokens >= 3 * 64
+    assert again.prompt_logprobs == pytest.approx(result.prompt_logprobs, abs=1e-3)
+
+
 def test_a_stop_token_ends_the_completion_and_is_not_part_of_it(engine: VllmEngine, wait: Await) -> None:
     (free,) = ask(engine, wait, Request(0, PROMPT[:50]), stop_token_ids=())
     target = free.completions[0].token_ids[3]

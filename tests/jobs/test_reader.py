@@ -6,7 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.reader import find_input
+from jobs import reader
+from jobs.plan import Unit
+from jobs.reader import UnitReader, find_input
 from jobs.store import locate, publish
 from serving.errors import InputError
 from tests.conftest import WriteRows
@@ -91,3 +93,18 @@ def test_a_difference_is_told_as_it_is(tmp_path: Path, other: pa.Schema, words: 
     folder = write_schemas(tmp_path, pa.schema([PREFIX, ("x", pa.int64())]), other)
     with pytest.raises(InputError, match=rf"1\.parquet: {words}"):
         find_input(folder)
+
+
+def test_rows_of_megabytes_are_read_a_few_at_once(
+    write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "READ_BYTES", 1 << 20)
+    texts = [f"{row:06}" * 20_000 for row in range(40)]
+    write_rows("long.parquet", prefix=texts)
+    write_rows("short.parquet", prefix=["x"] * 1_500)
+    found = find_input(str(tmp_path))
+    rows = UnitReader(found.root, ["prefix"])
+    long, short = (list(rows.read(file, Unit(0, 0, 0, file.rows))) for file in found.files)
+    assert max(batch.num_rows for batch in long) <= 9
+    assert [text for batch in long for text in batch["prefix"].to_pylist()] == texts
+    assert [batch.num_rows for batch in short] == [1_024, 476]

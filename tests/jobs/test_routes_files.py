@@ -259,6 +259,7 @@ def test_what_turns_out_to_be_too_large_is_refused_and_gone(home: Path) -> None:
         (form(b"x", end=form(b"y")), FORM, "two files"),
         (form(b"x", purpose=b"fine-tune"), FORM, "neither batch nor job"),
         (form(b"x", purpose=b"p" * 2_000), FORM, "too long"),
+        (b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n1\r\n' * 2_000 + form(b"x"), FORM, "65,536 bytes"),
         (b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b--\r\n', FORM, "no file"),
     ],
 )

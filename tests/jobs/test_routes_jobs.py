@@ -113,6 +113,15 @@ def test_a_new_job_is_told_and_listed(client: TestClient) -> None:
     assert (listed["data"], listed["first_id"], listed["has_more"]) == ([told], told["id"], False)
 
 
+def test_an_unknown_option_is_answered_with_all_there_are(client: TestClient) -> None:
+    file_id = upload(client, parquet(prefix=["a"]), purpose="job")
+    answer = client.post("/v1/jobs", json={"input": file_id, "options": {"n": 2, "beams": 4}})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert "options: beams is none; there are task, max_tokens, temperature" in message
+    assert "{" not in message
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -2,6 +2,7 @@
 
 import io
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,18 @@ def test_a_prompt_must_fit_a_step_and_the_sample_the_batch(
 ) -> None:
     """A batch that is asked for whatever the sample is objects to nothing else, nor does a budget of vLLM's own."""
     said = objection(name, asked, in_force, rows=256, max_model_len=2_048, gpu=True)
+    assert why in said
+    assert bool(why) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "samples", "why"), [(1, 8, ""), (8, 8, "512 would"), (8, 1, "4,096 would"), (3, 4, "")]
+)
+def test_engines_share_the_sample_and_samples_of_a_row_fill_their_batches(
+    replicas: int, samples: int, why: str
+) -> None:
+    needs = partial(objection, rows=384, max_model_len=2_048, gpu=True, replicas=replicas, samples=samples)
+    said = needs("max_num_seqs", {"max_num_seqs": 256}, {})
     assert why in said
     assert bool(why) == bool(said)
 

@@ -2,8 +2,10 @@
 
 import array
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -219,6 +221,15 @@ def test_a_causal_format_refuses_a_suffix() -> None:
         fmt.prompt("a", "b", max_tokens=8)
 
 
+def save(folder: Path, tokenizer: Any, config: dict[str, Any], **tokens: str) -> None:
+    """A model's folder with this tokenizer and nothing else of a model."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").touch()
+
+
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece-like tokenizer as Code Llama's: a blank is put before each text, bytes are a fallback."""
@@ -234,11 +245,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     control = ["<s>", "</s>", "▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
     built.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     folder = tmp_path_factory.mktemp("codellama")
-    built.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 32_016}))
-    (folder / "model.safetensors").touch()
+    save(folder, built, {"model_type": "llama", "vocab_size": 32_016}, bos_token="<s>", eos_token="</s>")
     return folder
 
 
@@ -285,3 +292,53 @@ def test_a_given_completion_has_the_ids_of_its_text(name: str) -> None:
     ]
     assert fmt.infill(fmt.tokenizer.encode("  return x")).text == "  return x"
     assert fmt.finish_reason(fmt.end_token_id) == "eom"
+
+
+@pytest.fixture(scope="module")
+def composing(tmp_path_factory: pytest.TempPathFactory) -> Format:
+    """Qwen2.5-Coder's format over bytes, with its tokenizer's normaliser: a letter and its accent are one character."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    built = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    built.normalizer = normalizers.NFC()
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    built.decoder = decoders.ByteLevel()
+    spec = FORMATS["qwen2.5-coder"]
+    built.add_special_tokens([AddedToken(token, special=True) for token in (*spec.control_tokens, *spec.stops)])
+    folder = tmp_path_factory.mktemp("qwen")
+    save(folder, built, {"model_type": "qwen2", "vocab_size": 512}, eos_token="<|endoftext|>")
+    return load_format("qwen2.5-coder", tokenizer_of=str(folder))
+
+
+ACCENT = "e\u0301"
+
+
+@pytest.mark.parametrize("room", range(40, 48))
+def test_what_a_tokenizer_composes_is_cut_between_characters_all_the_same(composing: Format, room: int) -> None:
+    """What the prompt holds never equals the text where one accent stands in it, wherever the text is cut."""
+    prefix, suffix = f"{ACCENT} 漢é🙂" * 40, f"{ACCENT} 漢é🙂" * 40
+    prompt = composing.prompt(prefix, suffix, max_tokens=4, max_context=room, prefix_align=1)
+    assert prompt.truncated
+    assert room - 4 - 2 * 3 <= len(prompt.token_ids) <= room - 4
+    text = composing.decode(prompt.token_ids)
+    assert "\ufffd" not in text
+    kept = prefix[len(prefix) - prompt.prefix_chars :], suffix[: prompt.suffix_chars]
+    assert "".join(sorted(text)) == "".join(sorted(unicodedata.normalize("NFC", "".join(kept))))
+
+
+def test_a_cut_in_a_long_composed_text_looks_at_a_few_places(
+    composing: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    plain = Format.decode
+
+    def counted(self: Format, ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return plain(self, ids)
+
+    monkeypatch.setattr(Format, "decode", counted)
+    long = f"{ACCENT} " * 20_000
+    prompt = composing.prompt(long, long, max_tokens=4, max_context=1_000, prefix_align=1)
+    assert 900 < len(prompt.token_ids) <= 996
+    assert len(decoded) <= 10

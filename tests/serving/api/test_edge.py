@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
+from serving.api import edge
 from serving.api.application import application
 from serving.api.ask import Answer, Ask
 from serving.api.door import Door
@@ -58,11 +59,11 @@ class Gateway:
         self.client = TestClient(self.app, raise_server_exceptions=False, headers=KEY)
 
     async def find(self, key: str) -> Caller:
-        """As ``who_calls``; of the key ``unknowable`` nobody can say anything now."""
+        """As ``who_calls``, but ``bob`` is of another tenant; of the key ``unknowable`` nobody can say anything now."""
         self.keys.append(key)
         if key == "unknowable":
             raise DatabaseAwayError("Keys cannot be looked up at the moment.", remedy="Try again in a few seconds.")
-        return await who_calls(key)
+        return Caller("zeta", "bob") if key == "bob" else await who_calls(key)
 
     def counted(self, route: str) -> dict[str, float]:
         """How many requests of a route had which status."""
@@ -217,6 +218,81 @@ def test_websockets_lead_nowhere() -> None:
     client = TestClient(Gateway().app)
     with pytest.raises(WebSocketDisconnect), client.websocket_connect(COMPLETE):
         pytest.fail("nothing is accepted")
+
+
+async def answered(gateway: Gateway, parts: Sequence[bytes], *, key: bytes = b"ada", length: int = 1_000) -> list[int]:
+    """The status of what is asked in these parts, behind which nothing comes."""
+    statuses: list[int] = []
+    coming = iter(parts)
+
+    async def receive() -> Message:
+        if (part := next(coming, None)) is None:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": part, "more_body": True}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    headers = [(b"authorization", b"Bearer " + key), (b"content-length", str(length).encode())]
+    await gateway.app(scope(COMPLETE, headers), receive, send)
+    return statuses
+
+
+@pytest.mark.parametrize("parts", [[], [b"{"], [b" " * 900]])
+def test_a_body_that_does_not_come_is_not_waited_for(parts: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "BODY_SECONDS", 0.05)
+    gateway = Gateway()
+    assert asyncio.run(asyncio.wait_for(answered(gateway, parts), 30)) == [408]
+    assert gateway.counted(COMPLETE) == {"408": 1}
+
+
+def test_a_slow_body_has_time_by_what_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "BODY_SECONDS", 0.05)
+
+    async def run(rate: int) -> str:
+        monkeypatch.setattr(edge, "BODY_RATE", rate)
+        sent: list[Message] = []
+        parts = iter([b'{"prompt": "', b"a" * 1_000, b'"}'])
+
+        async def receive() -> Message:
+            part = next(parts)
+            if part == b'"}':
+                await asyncio.sleep(0.2)
+            return {"type": "http.request", "body": part, "more_body": part != b'"}'}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), RAW_KEY, (b"content-length", b"1014")]
+        await Gateway().app(scope(COMPLETE, headers), receive, send)
+        return f"{sent[0]['status']}"
+
+    assert asyncio.run(run(100)) == "200"
+    assert asyncio.run(run(1 << 20)) == "408"
+
+
+def test_a_tenant_sends_so_many_bodies_at_once_and_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "COMING_BODIES", 2)
+
+    async def run() -> None:
+        gateway = Gateway()
+        first, second = (asyncio.ensure_future(answered(gateway, [b"{"])) for _ in range(2))
+        await asyncio.sleep(0.05)
+        assert await answered(gateway, []) == [503]
+        other = asyncio.ensure_future(answered(gateway, [], key=b"bob"))
+        await asyncio.sleep(0.05)
+        assert not other.done()
+        first.cancel()
+        await asyncio.sleep(0.05)
+        third = asyncio.ensure_future(answered(gateway, [b"{"]))
+        await asyncio.sleep(0.05)
+        assert not third.done()
+        for task in (second, third, other):
+            task.cancel()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(run())
 
 
 def scope(path: str, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:

@@ -92,7 +92,8 @@ def test_an_open_end_leaves_half_of_a_small_context() -> None:
     service = Scripted(models=(replace(DEMO, context=100),))
     client_of(service).post(PATH, json=ASKED)
     client_of(service).post(PATH, json=ASKED | {"max_tokens": 99})
-    assert [ask.max_tokens for ask in service.asked] == [50, 99]
+    client_of(service).post(PATH, json=ASKED | {"max_tokens": 4_096})
+    assert [ask.max_tokens for ask in service.asked] == [50, 99, 50]
 
 
 def test_every_chunk_has_its_choice_and_the_last_the_usage() -> None:

@@ -63,7 +63,7 @@ def test_it_streams_unless_told_not_to() -> None:
 
 
 def test_what_is_asked_without_options_is_decoded_as_ollama_would() -> None:
-    assert ask_for() == Ask(prefix="def f", suffix="\n", max_tokens=256, decoding=DEFAULT, reported=True)
+    assert ask_for() == Ask(prefix="def f", suffix="\n", max_tokens=256, decoding=DEFAULT)
 
 
 def test_options_that_count_and_fields_that_do_not() -> None:
@@ -99,7 +99,6 @@ def test_options_that_count_and_fields_that_do_not() -> None:
             presence_penalty=1.5,
             frequency_penalty=1.0,
         ),
-        reported=True,
     )
 
 

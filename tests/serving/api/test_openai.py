@@ -445,7 +445,6 @@ def test_models_have_a_licence_and_a_context() -> None:
         "infill": True,
         "licence": "Apache-2.0",
         "notice": "A toy.",
-        "details": {},
     }
 
 

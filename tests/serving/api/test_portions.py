@@ -39,7 +39,7 @@ def test_portions_are_all_samples_once_in_order_and_none_exceeds_its_share(
     rendered = [Rendered(Ask(max_tokens=most, n=n), (1,) * length, truncated=False) for length, most, n in sizes]
     portions = portions_of(rendered, share)
     found = [(key, sample) for p in portions for key, samples in p.samples.items() for sample in samples]
-    assert found == [(key, sample) for key, (_, _, n) in enumerate(sizes) for sample in range(n)]
+    assert found == [(key, sample) for key, (_, most, n) in enumerate(sizes) for sample in range(n if most else 1)]
     for portion in portions:
         demand = portion.demand(rendered, ACME, 30.0)
         fits = demand.samples <= share.samples and demand.tokens <= share.tokens
@@ -72,7 +72,7 @@ def test_an_answer_in_portions_is_the_answer(change: dict[str, object]) -> None:
         reasons = {piece.index: piece.reason for piece in pieces if piece.reason}
         assert [reasons[index] for index in sorted(reasons)] == [choice.reason for choice in expected.choices]
         assert replace(end.usage, cached_tokens=0) == replace(expected.usage, cached_tokens=0)
-        assert len(house.batches) == 4
+        assert len(house.batches) == (2 if change.get("max_tokens") == 0 else 4)
         whole, *portions = house.desk.demands
         assert (whole.runs, whole.claims, whole.samples) == (False, True, 8)
         assert [(each.runs, each.claims, each.samples) for each in portions] == [(True, False, 2)] * 4

@@ -178,4 +178,4 @@ def test_openapi_tells_the_bounds_of_fields() -> None:
 
 
 def test_every_status_that_is_documented_has_a_meaning() -> None:
-    assert set(MEANINGS) == {400, 401, 403, 404, 413, 416, 429, 500, 501, 503}
+    assert set(MEANINGS) == {400, 401, 403, 404, 408, 413, 416, 429, 500, 501, 503}

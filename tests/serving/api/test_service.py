@@ -31,7 +31,7 @@ from serving.errors import (
 from serving.formats import Format
 from serving.protocol import INTERACTIVE_PRIORITY, Completion, Growth, MicroBatch, MicroBatchResult, Result
 from serving.tenants.caller import Caller
-from serving.tenants.tickets import Used
+from serving.tenants.tickets import Capacity, Used
 from tests.serving.api.house import ACME, FORMAT, MODEL, NO_ROOM, ROOM, Desk, House, answered, streamed, telling
 
 INFILL = Ask(prefix="def f():\n    return ", suffix="\n", max_tokens=20)
@@ -608,7 +608,7 @@ def test_large_texts_of_a_tenant_take_turns_with_those_of_others_and_do_not_wait
         tasks = [large("a"), large("a"), large("a"), large("b")]
         await asyncio.sleep(0.01)
         monkeypatch.setattr(service, "PATIENCE_SECONDS", 0.01)
-        with pytest.raises(OverloadedError, match="large texts"):
+        with pytest.raises(OverloadedError, match="texts wait to be tokenised"):
             await large("c")
         held.set()
         await asyncio.gather(*tasks)
@@ -680,3 +680,60 @@ def test_an_echo_and_its_logprobs_come_in_one_piece_of_a_stream() -> None:
         assert texts == {0: whole.text}
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("most", "samples"), [(0, [1]), (4, [3])])
+def test_a_prompt_alone_is_computed_once_however_many_choices_show_it(most: int, samples: list[int]) -> None:
+    async def run() -> None:
+        house = House()
+        ask = Ask(prefix="x = 1\n", max_tokens=most, n=3, logprobs=1, echo=True, decoding=Decoding(temperature=1.0))
+        answer = await house.service.answer([ask], ACME, "demo")
+        assert [len(request.seeds) for batch in house.batches for request in batch.requests] == samples
+        assert len(answer.choices) == 3
+        assert all(choice.text.startswith("x = 1\n") for choice in answer.choices)
+        assert len({choice.tokens[1].logprob for choice in answer.choices}) == 1
+        assert house.desk.demands[0].samples == sum(samples)
+
+    asyncio.run(run())
+
+
+def test_a_prompts_logprobs_are_asked_of_its_first_portion_alone() -> None:
+    async def run() -> None:
+        house = House(desk=Desk(share=Capacity(2, 10_000)))
+        ask = Ask(prefix="x = 1\n", max_tokens=4, n=5, logprobs=1, echo=True, decoding=Decoding(temperature=1.0))
+        answer = await house.service.answer([ask], ACME, "demo")
+        assert [batch.sampling.prompt_logprobs for batch in house.batches] == [True, False, False]
+        assert len({choice.tokens[:3] for choice in answer.choices}) == 1
+        assert len(answer.choices) == 5
+
+    asyncio.run(run())
+
+
+def test_a_tenants_longer_texts_take_no_more_than_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[int] = []
+    begun, held = threading.Semaphore(0), threading.Event()
+
+    def slowly(ask: Ask, fmt: Format, context: int) -> Rendered:
+        if len(ask.prefix) > service.FEW_CHARS:
+            running.append(1)
+            begun.release()
+            assert held.wait(60)
+        return Rendered(ask, (1,), truncated=False)
+
+    monkeypatch.setattr(service, "render", slowly)
+
+    async def run() -> None:
+        house = House()
+        longer = replace(INFILL, prefix="x" * (service.FEW_CHARS + 1))
+        tasks = [asyncio.ensure_future(house.service.answer([longer], ACME, "demo")) for _ in range(5)]
+        assert await asyncio.to_thread(lambda: begun.acquire(timeout=60) and begun.acquire(timeout=60))
+        await house.service.answer([INFILL], ACME, "demo")
+        other = asyncio.ensure_future(house.service.answer([longer], Caller("b", "k"), "demo"))
+        assert await asyncio.to_thread(begun.acquire, timeout=60)
+        await asyncio.sleep(0.05)
+        assert len(running) == 3
+        held.set()
+        await asyncio.gather(*tasks, other)
+
+    asyncio.run(run())
+    assert len(running) == 6
