@@ -88,7 +88,7 @@ def tune(
 ) -> Tuning:
     """Find engine arguments that infill a sample of ``spec.input`` faster; ``spec.engine_args`` are the baseline.
 
-    The sample has ``rows`` rows, or ``GPU_ROWS`` where vLLM is the one for GPUs and ``ROWS`` elsewhere, as many times as
+    The sample has ``rows`` rows, or ``GPU_ROWS`` where vLLM is the one for GPUs and ``ROWS`` elsewhere, as often as
     there are replicas for each sample of a row. The baseline runs first, three times; after ``minutes`` no trial is
     begun. Each has engines of its own, whatever fleet runs. ``tell`` is called after each, ``watcher`` hears what the
     runs say. Raises what ``run_job`` raises when the baseline itself cannot run.

@@ -72,10 +72,11 @@ def test_an_answer_in_portions_is_the_answer(change: dict[str, object]) -> None:
         reasons = {piece.index: piece.reason for piece in pieces if piece.reason}
         assert [reasons[index] for index in sorted(reasons)] == [choice.reason for choice in expected.choices]
         assert replace(end.usage, cached_tokens=0) == replace(expected.usage, cached_tokens=0)
-        assert len(house.batches) == (2 if change.get("max_tokens") == 0 else 4)
+        sizes = [2, 1] if change.get("max_tokens") == 0 else [2, 2, 2, 2]  # A prompt alone is one sample.
+        assert len(house.batches) == len(sizes)
         whole, *portions = house.desk.demands
-        assert (whole.runs, whole.claims, whole.samples) == (False, True, 8)
-        assert [(each.runs, each.claims, each.samples) for each in portions] == [(True, False, 2)] * 4
+        assert (whole.runs, whole.claims, whole.samples) == (False, True, sum(sizes))
+        assert [(each.runs, each.claims, each.samples) for each in portions] == [(True, False, size) for size in sizes]
         assert [usage for _, usage in house.used] == [answer.usage]
         assert house.desk.left[-1] == Used(answer.usage.prompt_tokens, answer.usage.completion_tokens)
 
