@@ -20,7 +20,7 @@ from rich.table import Table
 from jobs.order import TOKEN_BYTES, cut, grouped, ideal_cached_tokens, prefix_order, sort_key
 from jobs.sharing import ideal_cached_share, share_inside
 from tests.benchmarks.clockwork import DEFAULTS, H100, Dealt, Study
-from tests.benchmarks.output import check_files, console, origin, parser_of, positive, publish_json
+from tests.benchmarks.output import above_zero, check_files, console, origin, parser_of, positive, publish_json
 from tests.benchmarks.peers.inputs import make_prompts, make_rows
 from tests.benchmarks.peers.setting import Setting
 
@@ -45,6 +45,15 @@ class Case:
     window: float = 1.0
 
 
+WINDOWS = (0.25, 1.0, 4.0)
+
+
+def window_cases(rows: int, windows: Sequence[float]) -> list[Case]:
+    """Sixteen replicas, eight parts of rows that were gathered, and windows of so many times a job's own."""
+    gathered = Case(rows_per_part=rows // 8, order="global", replicas=16)
+    return [replace(gathered, window=window) for window in windows]
+
+
 def cases(rows: int) -> list[Case]:
     """A job's defaults, and what changes when one or two of them do; ``rows`` rows are one part by default."""
     base, small, smaller = Case(), rows // 8, rows // 40
@@ -61,7 +70,7 @@ def cases(rows: int) -> list[Case]:
         *(replace(gathered, replicas=4, feeders=feeders) for feeders in (1, 2)),
         *(replace(base, kv=kv, order=order) for kv in (30_000, 10_000) for order in ("prefix", "leaders", "input")),
         *(replace(base, kv=10_000, replicas=count) for count in (4, 16)),
-        *(replace(gathered, replicas=16, window=window) for window in (0.25, 1.0, 4.0)),
+        *window_cases(rows, WINDOWS),
     ]
 
 
@@ -139,6 +148,7 @@ def main() -> None:
     parser.add_argument("--context", type=positive, default=1_100)
     parser.add_argument("--max-tokens", type=positive, default=16)
     parser.add_argument("--block-size", type=positive, default=H100.block_size)
+    parser.add_argument("--windows", type=above_zero, nargs="+", metavar="TIMES", help="these alone, on 16 replicas")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     if asked.rows < LEAST_ROWS:
@@ -149,10 +159,11 @@ def main() -> None:
     prompts = make_prompts(rows, setting, align=asked.align)
     gathered = sorted(range(len(rows)), key=lambda row: (rows[row]["prefix"], rows[row]["suffix"]))
     lines = []
-    for case in cases(len(rows)):
+    tried = cases(len(rows)) if asked.windows is None else window_cases(len(rows), asked.windows)
+    for case in tried:
         options = {"block": asked.block_size, "max_tokens": asked.max_tokens}
         lines.append(measure(case, prompts, [prompts[row] for row in gathered], **options))
-        print(f"{len(lines)} of {len(cases(len(rows)))}", file=sys.stderr)
+        print(f"{len(lines)} of {len(tried)}", file=sys.stderr)
     console().print(shown(lines))
     if asked.json:
         publish_json(asked.json, origin("locality") | {"options": vars(asked) | {"json": None}, "lines": lines})
