@@ -171,7 +171,8 @@ class EngineStats:
     """One reading of an engine; ``steps``, tokens and seconds only grow while it lives.
 
     ``busy_seconds`` are those with a row running, ``row_seconds`` the running rows added up over time, ``cpu_seconds``
-    those of the replica's process, where the engine has processes of its own without theirs.
+    those of the replica's process, where the engine has processes of its own without theirs. One that is not alive is
+    started again.
     """
 
     running: int = 0
@@ -184,6 +185,7 @@ class EngineStats:
     busy_seconds: float = 0.0
     row_seconds: float = 0.0
     cpu_seconds: float = 0.0
+    is_alive: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,12 @@ class Replica:
 
     async def stats(self, lane: int = 0) -> tuple[str, EngineStats]:
         """This replica's name and its engine's latest reading; ``lane`` is for the router."""
-        return self._name, replace(self._engine.stats(), cpu_seconds=time.process_time())
+        try:
+            await self.check_health()
+            is_alive = True
+        except EngineDeadError:
+            is_alive = False
+        return self._name, replace(self._engine.stats(), cpu_seconds=time.process_time(), is_alive=is_alive)
 
     async def describe(self) -> tuple[str, EngineInfo]:
         """The fingerprint of the engine's configuration, and what the engine is."""

@@ -59,7 +59,7 @@ def _check_suffix(ask: Ask, model: ServedModel) -> None:
 
 
 def _check_samples(ask: Ask) -> None:
-    if ask.n > 1 and ask.decoding.temperature == 0:
+    if ask.n > 1 and ask.max_tokens and ask.decoding.temperature == 0:
         raise UsageError(
             f"n = {ask.n} at temperature 0 would make the same completion {ask.n} times.",
             remedy="Send a temperature above 0, or n = 1.",

@@ -1,6 +1,7 @@
 """The gateway: a Ray Serve deployment that answers HTTP with the replicas of its application."""
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -130,22 +131,25 @@ class Watch:
         self._handle = handle
         self._replicas = replicas
         self._metrics = metrics
-        self._read = -STALE_SECONDS
+        self._read = -math.inf
         self.info: EngineInfo | None = None
 
     @property
     def is_healthy(self) -> bool:
-        """Whether a replica answered lately."""
+        """Whether a replica with a living engine answered lately; not once all that answer have dead ones."""
         return time.monotonic() - self._read < STALE_SECONDS
 
     async def capacity(self) -> Capacity:
-        """What the replicas that answer hold together; none when none does."""
+        """What the living engines of the replicas that answer hold together; none when none does."""
         if self.info is None:
             _, self.info = await self._handle.describe.remote()
         readings = await asyncio.gather(*(self._reading(lane) for lane in range(self._replicas)))
-        if found := dict(reading for reading in readings if reading is not None):
+        read = [reading for reading in readings if reading is not None]
+        if found := {name: stats for name, stats in read if stats.is_alive}:
             self._read = time.monotonic()
             self._metrics.read(found)
+        elif read:
+            self._read = -math.inf
         count = len(found)
         return Capacity(count * self.info.max_num_seqs, count * self.info.kv_cache_tokens, count)
 

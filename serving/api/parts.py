@@ -26,6 +26,12 @@ LIMIT_HEADERS: dict[str, Any] = {
         ("remaining", "What is left now of", "integer"),
         ("reset", "How long until all is left, as `12ms`, `1.2s` or `1m0.5s`, of", "string"),
     )
+} | {
+    f"x-ratelimit-{part}-concurrency": {"description": f"{meaning} requests at once.", "schema": {"type": "integer"}}
+    for part, meaning in (
+        ("limit", "The closer one of the tenant's and the key's limits of"),
+        ("remaining", "What is left now of"),
+    )
 }
 """What OpenAPI tells of the headers that say how a caller with limits stands."""
 

@@ -8,6 +8,7 @@ when the request ends. A limit a minute is a token bucket that holds one minute'
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 from serving.errors import LimitError, UsageError
 from serving.tenants.caller import Caller, Limits
@@ -28,19 +29,30 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a caller stands: of the tenant's limit and the key's the one that leaves less; None where neither has one."""
+    """How a caller stands: of the tenant's limit and the key's the one that leaves less; None where neither has one.
+
+    ``concurrency`` is of requests at once, and how many more there may be.
+    """
 
     requests: Level | None = None
     tokens: Level | None = None
+    concurrency: tuple[int, int] | None = None
 
     def headers(self) -> dict[str, str]:
-        """``x-ratelimit-{limit,remaining,reset}-{requests,tokens}``, in the form that OpenAI's have."""
+        """``x-ratelimit-{limit,remaining,reset}-{requests,tokens}``, in the form that OpenAI's have.
+
+        And ``x-ratelimit-{limit,remaining}-concurrency``, of which nobody knows when it is whole again.
+        """
         found: dict[str, str] = {}
         for what, level in (("requests", self.requests), ("tokens", self.tokens)):
             if level is not None:
                 found[f"x-ratelimit-limit-{what}"] = str(level.limit)
                 found[f"x-ratelimit-remaining-{what}"] = str(level.remaining)
                 found[f"x-ratelimit-reset-{what}"] = duration(level.reset)
+        if self.concurrency is not None:
+            limit, remaining = self.concurrency
+            found["x-ratelimit-limit-concurrency"] = str(limit)
+            found["x-ratelimit-remaining-concurrency"] = str(remaining)
         return found
 
 
@@ -119,6 +131,11 @@ class Account:
         self.requests.resize(limits.requests_per_minute)
         self.tokens.resize(limits.tokens_per_minute)
         self._concurrency = limits.concurrency
+
+    @property
+    def concurrency(self) -> tuple[int, int] | None:
+        """Requests at once, and how many more there may be; None without a limit."""
+        return None if self._concurrency is None else (self._concurrency, max(0, self._concurrency - self.open))
 
     def check_size(self, tokens: int) -> None:
         """Raise ``UsageError`` for a request that no waiting would make fit."""
@@ -216,6 +233,7 @@ class Limiter:
         return Standing(
             _tightest(account.requests.level() for account in accounts),
             _tightest(account.tokens.level() for account in accounts),
+            min((c for account in accounts if (c := account.concurrency)), key=itemgetter(1), default=None),
         )
 
     def _accounts_of(self, caller: Caller) -> tuple[Account, Account]:

@@ -697,6 +697,12 @@ def test_a_prompt_alone_is_computed_once_however_many_choices_show_it(most: int,
     asyncio.run(run())
 
 
+def test_a_prompt_is_scored_for_several_choices_whatever_the_temperature() -> None:
+    ask = Ask(prefix="x = 1\n", max_tokens=0, n=2, logprobs=1, echo=True, decoding=Decoding(temperature=0.0))
+    first, second = answered(ask).choices
+    assert first == second
+
+
 def test_a_prompts_logprobs_are_asked_of_its_first_portion_alone() -> None:
     async def run() -> None:
         house = House(desk=Desk(share=Capacity(2, 10_000)))

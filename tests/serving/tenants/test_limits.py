@@ -241,6 +241,18 @@ def test_the_tighter_limit_is_told_as_openai_tells_it() -> None:
     }
 
 
+def test_how_many_more_requests_there_may_be_at_once_is_told() -> None:
+    limiter = Limiter(Clock())
+    who = caller(Limits(concurrency=3), Limits(concurrency=2))
+    claim = limiter.claim(who, 10)
+    told = {"x-ratelimit-limit-concurrency": "2", "x-ratelimit-remaining-concurrency": "1"}
+    assert limiter.standing(who).headers() == told
+    limiter.claim(who, 10)
+    assert limiter.standing(who).headers()["x-ratelimit-remaining-concurrency"] == "0"
+    claim.end()
+    assert limiter.standing(who).headers() == told
+
+
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [(0, "0ms"), (0.0001, "1ms"), (0.012, "12ms"), (1, "1s"), (1.2, "1.2s"), (60.5, "1m0.5s"), (360, "6m0s")],

@@ -1,0 +1,74 @@
+"""What a gateway knows of its replicas."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serving.api import gateway
+from serving.api.gateway import Watch
+from serving.api.metrics import Metrics
+from serving.protocol import EngineInfo, EngineStats
+from serving.tenants.tickets import Capacity
+
+INFO = EngineInfo("simulated", "demo", max_model_len=100, max_num_seqs=8, block_size=16, kv_cache_tokens=1_000)
+NOTHING = Capacity(0, 0, 0)
+
+
+class Replicas:
+    """A handle on replicas whose engines are alive, dead, or slow (None)."""
+
+    def __init__(self, *alive: bool | None) -> None:
+        self.alive: Sequence[bool | None] = alive
+        self.describe = SimpleNamespace(remote=self._describe)
+        self.stats = SimpleNamespace(remote=self._stats)
+
+    async def _describe(self) -> tuple[str, EngineInfo]:
+        return "fingerprint", INFO
+
+    async def _stats(self, lane: int) -> tuple[str, EngineStats]:
+        alive = self.alive[lane]
+        if alive is None:
+            await asyncio.sleep(60)
+        return f"replica {lane}", EngineStats(is_alive=bool(alive))
+
+
+def looked(watch: Watch) -> Capacity:
+    return asyncio.run(watch.capacity())
+
+
+def watch_of(replicas: Any, count: int) -> Watch:
+    return Watch(replicas, count, Metrics("one"))
+
+
+def test_a_gateway_is_healthy_while_an_engine_lives_and_not_once_all_that_answer_are_dead() -> None:
+    replicas = Replicas(True, True)
+    watch = watch_of(replicas, 2)
+    assert not watch.is_healthy
+    assert looked(watch) == Capacity(16, 2_000, 2)
+    assert watch.is_healthy
+    replicas.alive = (True, False)
+    assert looked(watch) == Capacity(8, 1_000, 1)
+    assert watch.is_healthy
+    replicas.alive = (False, False)
+    assert looked(watch) == NOTHING
+    assert not watch.is_healthy
+    replicas.alive = (False, True)
+    looked(watch)
+    assert watch.is_healthy
+
+
+def test_engines_that_are_slow_to_answer_are_believed_in_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "LOOK_SECONDS", 0.05)
+    replicas = Replicas(True)
+    watch = watch_of(replicas, 1)
+    looked(watch)
+    replicas.alive = (None,)
+    assert looked(watch) == NOTHING
+    assert watch.is_healthy
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + gateway.STALE_SECONDS)
+    assert not watch.is_healthy
