@@ -165,8 +165,10 @@ app.command(epilog=tune_cli.EXAMPLE)(tune_cli.tune)
 def summary(manifest: dict[str, Any], spec: "JobSpec") -> None:
     """Say on stderr what a finished job did."""
     console = Console(stderr=True)
+    inputs = manifest["tally"]["rows"]
+    rows = f"{inputs:,} rows" if inputs == manifest["rows"] else f"{manifest['rows']:,} samples of {inputs:,} rows"
     console.print(
-        f"{manifest['rows']:,} rows, {manifest['errors']:,} errors in {manifest['seconds']:,.1f} s: "
+        f"{rows}, {manifest['errors']:,} errors in {manifest['seconds']:,.1f} s: "
         f"{manifest['rows_per_second']:,.1f} rows/s, {manifest['output_tokens_per_second']:,.0f} output tokens/s, "
         f"{manifest['prefix_cache_hit_share']:.1%} of the prompt tokens from the prefix cache "
         f"(ideal: {manifest['ideal_hit_share']:.1%}; {manifest['engine']} engine)",

@@ -156,8 +156,10 @@ def _output_tokens(spec: JobSpec, wish: Wish) -> tuple[float, float, str]:
     """The mean output tokens of a row to expect, the share of rows with a stop token behind them, and who says so."""
     if wish.like is not None:
         manifest = read_manifest(locate(wish.like))
-        if manifest is None or not manifest["rows"]:
+        if manifest is None:
             raise OutputError(f"{wish.like} is no finished job.", remedy="Give --like the output folder of one.")
+        if manifest["engine"] == "instant" or not manifest["rows"]:
+            raise ConfigError(f"{wish.like} has no infills of a model.", remedy="Give --like a job that has some.")
         mean = manifest["completion_tokens"] / manifest["rows"]
         return min(float(spec.max_tokens), mean), stop_share(manifest), wish.like
     if wish.output_tokens is None:

@@ -86,7 +86,7 @@ class Display(Watcher):
         """Print how the completions end and three of them; warn loudly when few end by themselves."""
         tally = progress.tally
         shares = {name: tally.finish_reasons.get(name, 0) / tally.samples for name in ("eom", "length")}
-        shares |= {"empty": tally.empty / tally.samples, "truncated": tally.truncated / max(1, tally.rows)}
+        shares |= {"empty": tally.empty / tally.samples, "truncated": tally.truncated / tally.samples}
         told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         self.say(f"after {tally.samples:,} completions: {told}")
         for example in progress.examples:

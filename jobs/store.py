@@ -234,7 +234,9 @@ def create(location: Location, data: bytes) -> bool:
 def _failed(location: Location, deed: str, error: BaseException) -> StorageError:
     number = getattr(error, "errno", None)
     reason = os.strerror(number) if number else str(error).strip().rstrip(".").splitlines()[0]
-    return StorageError(f"{location} cannot be {deed}: {reason}.", remedy="What is done is kept; run again to resume.")
+    return StorageError(
+        f"{location} cannot be {deed}: {reason}.", remedy="Mend that and run again; what a job has done is kept."
+    )
 
 
 @contextmanager

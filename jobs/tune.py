@@ -22,7 +22,7 @@ from jobs.search import Figures, Knob, Settings, Trial, Tuning, search
 from jobs.spec import JobSpec
 from jobs.store import locate, publish_bytes
 from serving.engine_args import is_gpu_build
-from serving.errors import InputError
+from serving.errors import InputError, OutputError
 
 RUNS_OF_ROWS = 8
 """The sample's rows stand next to each other in the input by so many runs, since neighbours share their prompts."""
@@ -163,6 +163,16 @@ def report(tuning: Tuning, *, source: str) -> str:
     ]
     comments = "".join(f"# {line}\n" for line in lines)
     return comments + yaml.safe_dump({"engine_args": tuning.best}, sort_keys=True)
+
+
+def check_output(output: Path) -> None:
+    """Raise ``OutputError`` where no file can be written, before minutes are spent on what is to stand in it."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error.strerror}.", remedy="Name a file elsewhere.") from None
 
 
 def write_report(output: Path, tuning: Tuning, *, source: str) -> None:

@@ -39,7 +39,7 @@ def tune(
     from jobs.progress import Display
     from jobs.search import Tuning
     from jobs.spec import parse_spec
-    from jobs.tune import table, told, write_report
+    from jobs.tune import check_output, table, told, write_report
     from jobs.tune import tune as find
 
     given = present(
@@ -47,6 +47,7 @@ def tune(
         engine_args=scalars_of(pairs_of(engine_arg, "--engine-arg")), columns=pairs_of(column, "--column"),
     )  # fmt: skip
     spec = parse_spec(merged(job or [], given))
+    check_output(output)
     with redirect_stdout(sys.stderr), Display() as display:
         notice(spec.model, display.console, engine=spec.engine)
 

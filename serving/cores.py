@@ -39,7 +39,7 @@ def claim_cores(count: int, *, folder: Path | None = None) -> tuple[int, ...]:
             os.close(lock)
         raise ResourceError(
             f"{count} cores are needed and {len(claimed)} of {len(available_cores())} are free.",
-            remedy="Ask for fewer replicas or wait until another job ends.",
+            remedy="Ask for fewer (--cores, --replicas), or wait until the job or server that holds them ends.",
         )
     _held.extend(claimed.values())
     return tuple(claimed)

@@ -277,6 +277,9 @@ def test_a_finished_job_gives_its_output_tokens_and_its_machine(
     clean: JobFolder, spanfill: Command, checkpoint: Path
 ) -> None:
     options = ("plan", "--json", "--input", clean.input, "--model", checkpoint)
+    done = spanfill(*options, "--like", clean.output)
+    assert (done.code, "has no infills of a model" in done.stderr) == (USAGE, True), done.stderr
+    clean.edit(clean.state("manifest.json"), lambda values: values.update(engine="simulated"))
     told = json.loads(spanfill(*options, "--like", clean.output).stdout)
     manifest = json.loads(clean.state("manifest.json").read_text())
     reasons, share = manifest["finish_reasons"], told["stop_share"]
@@ -284,6 +287,7 @@ def test_a_finished_job_gives_its_output_tokens_and_its_machine(
     assert 0 < share < 1
     assert told["output_tokens"] == pytest.approx(manifest["completion_tokens"] / manifest["rows"])
     assert told["output_tokens_from"] == str(clean.output)
+    clean.edit(clean.state("manifest.json"), lambda values: values.update(engine="instant"))
     done = spanfill(*options, "--calibrate", clean.output)
     assert (done.code, "tells no speed of an engine" in done.stderr) == (USAGE, True), done.stderr
     settings = {"max_num_seqs": 256, "max_num_batched_tokens": 8_192, "block_size": 16}

@@ -51,3 +51,8 @@ def test_a_plain_line_comes_each_thirty_seconds(monkeypatch: pytest.MonkeyPatch)
     assert len(plain) in (3, 4)
     assert "100 of 4,000 rows, 10.0 rows/s" in plain[0]
     assert "0:06:30 left" in plain[0]
+
+
+def test_of_several_samples_a_row_no_more_than_all_are_cut() -> None:
+    tally = Tally(rows=300, samples=1_200, finish_reasons={"eom": 1_200}, truncated=1_200)
+    assert "truncated 100.0%" in told(Progress(300, tally, seconds=10, stage="running", examples=[]))

@@ -15,9 +15,9 @@ from rich.console import Console
 from jobs.job import prepare_job
 from jobs.search import Figures, Knob, Settings, Trial, search
 from jobs.spec import JobSpec
-from jobs.tune import objection, report, sample_rows, table, tune
+from jobs.tune import check_output, objection, report, sample_rows, table, tune
 from serving import fleet
-from serving.errors import InputError, ResourceError
+from serving.errors import InputError, OutputError, ResourceError
 from tests.conftest import WriteRows
 
 WHOLE = {"enable_chunked_prefill": False, "max_num_batched_tokens": 1_024}
@@ -167,3 +167,12 @@ def test_more_sequences_win_on_a_simulated_engine(tmp_path: Path) -> None:
     assert found.rows_per_second > 2 * found.baseline
     assert told == ["warm-up", "baseline", "baseline", "max_num_seqs=0", "max_num_seqs=16", "max_num_seqs=16"]
     assert "max_num_seqs" in found.trials[3].failure
+
+
+@pytest.mark.parametrize("name", ["/proc/engine.yaml", "{}/file/engine.yaml"])
+def test_a_report_that_cannot_be_written_is_known_before_anything_runs(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"engine\.yaml cannot be written"):
+        check_output(Path(name.format(tmp_path)))
+    check_output(tmp_path / "new" / "engine.yaml")
+    assert list((tmp_path / "new").iterdir()) == []

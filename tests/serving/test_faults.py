@@ -237,6 +237,17 @@ def test_a_replica_answers_in_order_and_says_who_it_is(start_replica: StartRepli
     asyncio.run(main())
 
 
+def test_a_reading_tells_whether_the_engine_is_alive(start_replica: StartReplica) -> None:
+    async def main() -> None:
+        replica = await start_replica(crash_on=TRIGGER)
+        assert (await replica.stats())[1].is_alive
+        with pytest.raises(EngineDeadError):
+            await call(replica, POISON)
+        assert not (await replica.stats())[1].is_alive
+
+    asyncio.run(main())
+
+
 def test_a_crash_is_told_apart_from_a_death_before(start_replica: StartReplica) -> None:
     async def main() -> None:
         replica = await start_replica(crash_on=TRIGGER)

@@ -40,35 +40,35 @@ def looked(watch: Watch) -> Capacity:
     return asyncio.run(watch.capacity())
 
 
-def watch_of(replicas: Any, count: int) -> Watch:
-    return Watch(replicas, count, Metrics("one"))
+def is_healthy(watch: Watch) -> bool:
+    return watch.is_healthy
 
 
 def test_a_gateway_is_healthy_while_an_engine_lives_and_not_once_all_that_answer_are_dead() -> None:
-    replicas = Replicas(True, True)
-    watch = watch_of(replicas, 2)
-    assert not watch.is_healthy
+    replicas: Any = Replicas(True, True)
+    watch = Watch(replicas, 2, Metrics("one"))
+    assert not is_healthy(watch)
     assert looked(watch) == Capacity(16, 2_000, 2)
-    assert watch.is_healthy
+    assert is_healthy(watch)
     replicas.alive = (True, False)
     assert looked(watch) == Capacity(8, 1_000, 1)
-    assert watch.is_healthy
+    assert is_healthy(watch)
     replicas.alive = (False, False)
     assert looked(watch) == NOTHING
-    assert not watch.is_healthy
+    assert not is_healthy(watch)
     replicas.alive = (False, True)
     looked(watch)
-    assert watch.is_healthy
+    assert is_healthy(watch)
 
 
 def test_engines_that_are_slow_to_answer_are_believed_in_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "LOOK_SECONDS", 0.05)
-    replicas = Replicas(True)
-    watch = watch_of(replicas, 1)
+    replicas: Any = Replicas(True)
+    watch = Watch(replicas, 1, Metrics("one"))
     looked(watch)
     replicas.alive = (None,)
     assert looked(watch) == NOTHING
-    assert watch.is_healthy
+    assert is_healthy(watch)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + gateway.STALE_SECONDS)
-    assert not watch.is_healthy
+    assert not is_healthy(watch)
