@@ -116,6 +116,7 @@ def test_text_of_a_wrong_field_is_not_repeated() -> None:
 
 
 LIMITS = {f"x-ratelimit-{part}-{of}" for part in ("limit", "remaining", "reset") for of in ("requests", "tokens")}
+LIMITS |= {"x-ratelimit-limit-concurrency", "x-ratelimit-remaining-concurrency"}
 
 
 def described() -> dict[str, Any]:
