@@ -124,12 +124,19 @@ class Dispatcher:
                 yield answers
 
     async def _reach(self, batch: MicroBatch, left: dict[int, Request], attempt: int) -> AsyncIterator[list[Answer]]:
-        """Ask for what is ``left`` of a micro-batch, until nothing is: what is answered is taken out."""
+        """Ask for what is ``left`` of a micro-batch, until nothing is: what is answered is taken out.
+
+        One that is to go alone, and was lost while it waited for those before it, was not in the engine that died.
+        """
+        spared = 0
         while not self._closed and left:
-            started = time.monotonic()
+            started, is_inside = time.monotonic(), not batch.alone
             asked = replace(batch, requests=tuple(left.values()), patience=self._pace.patience)
             try:
                 async for answer in self._call(asked):
+                    is_inside = True
+                    if not answer.results:
+                        continue
                     self._deaths = 0
                     for result in answer.results:
                         self._answered = left.pop(result.key)
@@ -144,7 +151,10 @@ class Dispatcher:
                         f"{self._deaths} engines died one after the other, no call was answered: {_words(error)}",
                         remedy="The replicas' logs are in Ray's session folder, under logs/serve.",
                     ) from error
-                raise
+                if is_inside or spared == FREE_CALLS:
+                    raise
+                spared += 1
+                await _wait(1)
             except (RayTaskError, RayServeException) as error:
                 yield [Answer(_failed(request, error), attempts=attempt) for request in left.values()]
                 return

@@ -235,7 +235,8 @@ def _failed(location: Location, deed: str, error: BaseException) -> StorageError
     number = getattr(error, "errno", None)
     reason = os.strerror(number) if number else str(error).strip().rstrip(".").splitlines()[0]
     return StorageError(
-        f"{location} cannot be {deed}: {reason}.", remedy="Mend that and run again; what a job has done is kept."
+        f"{location} cannot be {deed}: {reason}.",
+        remedy="Mend that and run again: a job resumes with what it has done.",
     )
 
 

@@ -1,7 +1,6 @@
 """The Ray Serve deployment that owns one engine."""
 
 import asyncio
-import math
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -37,7 +36,10 @@ STREAM_SECONDS = 0.02
 """Between two messages of a stream: what comes faster comes together, since messages cost more than tokens."""
 
 ANSWER_SECONDS = 1.0
-"""A row that is done waits at most so long for its neighbours in the micro-batch: only what has come can be kept."""
+"""A row that is done waits at most so long for its neighbours in the micro-batch: only what has come can be kept.
+
+As often it is asked whether the engine lives.
+"""
 
 
 async def start_engine(config: EngineConfig, *, cores: tuple[int, ...] = (), beside: int | None = None) -> Engine:
@@ -68,10 +70,13 @@ class Replica:
     async def generate(self, batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
         """Answer every request of a micro-batch: all at once, or every ``ANSWER_SECONDS`` those that are done by then.
 
+        Before a micro-batch that goes alone comes a result of no rows: none but its own are in the engine from then on.
         Raises ``EngineGoneError`` when the engine is dead already, ``EngineDeadError`` when it dies meanwhile,
         ``EngineHungError`` when it stands still for longer than its measured pace explains.
         """
         async with self._admitted(batch):
+            if batch.alone:
+                yield MicroBatchResult(self._name, ())
             async for results in self._answer(batch):
                 yield MicroBatchResult(self._name, results, self._engine.stats().waiting)
 
@@ -113,7 +118,7 @@ class Replica:
         stall = Stall(self._engine.stats().steps)
         try:
             while not answers.done():
-                await self._wait(answers, stall, batch, at_most=ANSWER_SECONDS)
+                await self._wait(answers, stall, batch)
                 if answers.done():
                     answers.result()
                 if done := [task for task in tasks if task.done()]:
@@ -140,19 +145,20 @@ class Replica:
                 return
             yield item
 
-    async def _wait(
-        self, answer: "asyncio.Future[Any]", stall: Stall, batch: MicroBatch, *, at_most: float = math.inf
-    ) -> None:
-        """Wait for an answer, for a while; raises ``EngineHungError`` once the engine is known to stand still."""
+    async def _wait(self, answer: "asyncio.Future[Any]", stall: Stall, batch: MicroBatch) -> None:
+        """Wait for an answer, for a while.
+
+        Raises ``EngineHungError`` once the engine is known to stand still, ``EngineDeadError`` when it has died without
+        a word to whoever waits.
+        """
         patience = self._pace.patience or batch.patience or UNMEASURED_SECONDS
-        timeout = min(stall.left(patience), at_most)
+        timeout = min(stall.left(patience), ANSWER_SECONDS)
         await asyncio.wait((answer, self._hung), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return
         if not self._hung.done() and stall.is_over(self._engine.stats().steps, patience):
             self._hung.set_result(f"the engine hangs: it made no step in {patience:.0f} s.")
-        if self._hung.done():
-            raise self._hang()
+        await self.check_health()
 
     def _hang(self) -> EngineHungError:
         return EngineHungError(self._hung.result(), remedy="Its replica is started again.")

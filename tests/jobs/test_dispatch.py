@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from jobs import dispatch
 from jobs.dispatch import FREE_CALLS, Answer, Dispatcher
@@ -26,6 +26,10 @@ def requests(count: int, first: int = 0) -> list[Request]:
 
 def answer(batch: MicroBatch) -> MicroBatchResult:
     return MicroBatchResult("r", tuple(Result(r.key, (Completion([r.key], "stop", 7),)) for r in batch.requests))
+
+
+INSIDE = MicroBatchResult("r", ())
+"""What a replica says before a micro-batch that goes alone: none but its rows are in the engine."""
 
 
 async def answers_of(sent: Dispatcher, asked: list[Request]) -> list[Answer]:
@@ -61,6 +65,8 @@ def test_poison_is_isolated_and_its_neighbours_finish(poison: set[int], error: E
         if len(held) == 1:
             assert batch.alone
             alone.update(held)
+        if batch.alone:
+            yield INSIDE
         if held & poison:
             raise error
         yield answer(batch)
@@ -218,10 +224,26 @@ def test_what_is_answered_before_a_replica_is_lost_is_not_asked_for_again() -> N
 def test_a_row_without_neighbours_is_asked_for_max_attempts_times_and_twice_at_least(attempts: int) -> None:
     calls = 0
 
-    def call(batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
+    async def call(batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
         nonlocal calls
         calls += 1
+        yield INSIDE
         raise EngineDeadError("segmentation fault")
 
     (answer,) = asyncio.run(answers_of(Dispatcher(call, max_attempts=attempts), requests(1)))
     assert (answer.attempts, calls) == (max(2, attempts),) * 2
+
+
+def test_a_row_that_waited_to_be_alone_is_not_condemned_when_those_before_it_kill_the_engine() -> None:
+    calls: list[bool] = []
+
+    async def call(batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
+        calls.append(batch.alone)
+        if len(calls) <= 1 + FREE_CALLS:
+            raise RayActorError
+        yield INSIDE
+        yield answer(batch)
+
+    (found,) = asyncio.run(answers_of(Dispatcher(call, max_attempts=1), requests(1)))
+    assert (found.result.error_code, found.attempts) == (None, 2)
+    assert calls == [False, *[True] * (FREE_CALLS + 1)]

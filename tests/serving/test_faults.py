@@ -68,6 +68,16 @@ def test_a_crash_takes_the_request_and_every_later_one(kind: str) -> None:
     asyncio.run(main())
 
 
+def test_a_crash_takes_a_request_that_is_on_its_way_into_the_batch() -> None:
+    async def main() -> None:
+        engine = SimulatedEngine(config("simulated", crash_on=TRIGGER))
+        entering, poison = ask(engine, GOOD), ask(engine, POISON)
+        failures = await asyncio.wait_for(asyncio.gather(entering, poison, return_exceptions=True), 60)
+        assert [type(failure) for failure in failures] == [EngineDeadError] * 2
+
+    asyncio.run(main())
+
+
 def test_a_crash_takes_the_requests_that_are_under_way() -> None:
     async def main() -> None:
         engine = SimulatedEngine(config("simulated", crash_on=TRIGGER, time_scale=1e-6, max_num_seqs=2))
@@ -214,10 +224,15 @@ def start_replica(monkeypatch: pytest.MonkeyPatch) -> StartReplica:
 
 
 def call(
-    replica: Replica, *prompts: list[int], alone: bool = False, patience: float | None = None, **more: Any
+    replica: Replica,
+    *prompts: list[int],
+    alone: bool = False,
+    patience: float | None = None,
+    sampling: Sampling = SAMPLING,
+    **more: Any,
 ) -> "asyncio.Task[Any]":
     requests = tuple(Request(key, token_ids) for key, token_ids in enumerate(prompts))
-    batch = MicroBatch(requests, SAMPLING, alone=alone, patience=patience, **more)
+    batch = MicroBatch(requests, sampling, alone=alone, patience=patience, **more)
 
     async def gathered() -> MicroBatchResult:
         answers = [answer async for answer in replica.generate(batch)]
@@ -345,6 +360,57 @@ def test_people_wait_for_no_row_that_is_to_be_alone(start_replica: StartReplica,
         for task in [*others, suspect, person, row]:
             task.cancel()
         await asyncio.gather(*others, suspect, person, row, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+class Silent(Slow):
+    """Dies without a word to those who wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__(looks=1 << 30)
+        self.dead = False
+
+    async def check_health(self) -> None:
+        if self.dead:
+            raise EngineDeadError("died")
+
+
+def test_a_death_that_nobody_in_the_engine_hears_of_is_told_to_everybody(
+    start_replica: StartReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.replica.ANSWER_SECONDS", 0.05)
+
+    async def main() -> None:
+        replica, engine = await start_replica(), Silent()
+        replica._engine = engine
+
+        async def listen() -> None:
+            async for _ in replica.stream(MicroBatch((Request(0, GOOD),), SAMPLING)):
+                pass
+
+        calls = [call(replica, GOOD), asyncio.create_task(listen()), call(replica, GOOD, alone=True)]
+        await settle()
+        engine.dead = True
+        failures = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+        assert [type(failure) for failure in failures] == [EngineDeadError, EngineDeadError, EngineGoneError]
+
+    asyncio.run(main())
+
+
+def test_whoever_is_to_be_alone_is_told_once_it_is(start_replica: StartReplica) -> None:
+    async def main() -> None:
+        replica = await start_replica(kind="simulated", crash_on=TRIGGER, time_scale=1.0)
+        before = call(replica, GOOD, sampling=Sampling(1_000, ignore_eos=True))
+        await settle()
+        answers = replica.generate(MicroBatch((Request(0, POISON),), SAMPLING, alone=True))
+        first = asyncio.ensure_future(anext(answers))
+        await asyncio.sleep(0.1)
+        assert not first.done()
+        before.cancel()
+        assert (await asyncio.wait_for(first, 60)).results == ()
+        with pytest.raises(EngineDeadError, match="as it was told to"):
+            await anext(answers)
 
     asyncio.run(main())
 
