@@ -166,7 +166,7 @@ def summary(manifest: dict[str, Any], spec: "JobSpec") -> None:
     """Say on stderr what a finished job did."""
     console = Console(stderr=True)
     inputs = manifest["tally"]["rows"]
-    rows = f"{inputs:,} rows" if inputs == manifest["rows"] else f"{manifest['rows']:,} samples of {inputs:,} rows"
+    rows = f"{inputs:,} rows" if spec.n == 1 else f"{manifest['rows']:,} samples of {inputs:,} rows"
     console.print(
         f"{rows}, {manifest['errors']:,} errors in {manifest['seconds']:,.1f} s: "
         f"{manifest['rows_per_second']:,.1f} rows/s, {manifest['output_tokens_per_second']:,.0f} output tokens/s, "

@@ -25,6 +25,9 @@ MOST_UNITS = 256
 MOST_DEATHS = 5
 """Feeders that may die one after the other without a row finished in between."""
 
+REPORT_SECONDS = 5.0
+"""What all feeders have to say how far they are: they may be starting, or be gone with their node."""
+
 NO_FILE = InputFile("", "", 0, 0, 0, "")
 
 
@@ -38,10 +41,11 @@ def wants_more(units: Sequence[Unit], file_of: Callable[[Unit], InputFile], rows
 
 @dataclass
 class _Seat:
-    """One feeder and the units that it has; a feeder that dies leaves its seat to another."""
+    """One feeder, the units that it has and what it was ``asked`` last; one that dies leaves its seat to another."""
 
     feeder: Any
     units: dict[Any, Unit] = field(default_factory=dict)
+    asked: Any = None
 
 
 class Crew:
@@ -138,16 +142,21 @@ class Crew:
                 remedy="If memory ran out, begin with a smaller --rows-per-part. Then run again to resume.",
             )
         self._left.extendleft(reversed(units))
-        seat.units, seat.feeder = {}, self._hire()
+        seat.units, seat.feeder, seat.asked = {}, self._hire(), None
         self._attach([seat])
 
     def report(self) -> FeederReport:
-        """How far the units under way are, of all feeders that answer."""
+        """How far the units under way are, of all feeders that answer; the others are not asked once more."""
         report, seconds = FeederReport(), 0.0
-        for reference in [seat.feeder.progress.remote() for seat in self._seats]:
+        for seat in self._seats:
+            seat.asked = seat.asked or seat.feeder.progress.remote()
+        asked = [seat.asked for seat in self._seats]
+        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=REPORT_SECONDS)
+        for seat in [seat for seat in self._seats if seat.asked in ready]:
+            told, seat.asked = seat.asked, None
             try:
-                part: FeederReport = ray.get(reference, timeout=5)
-            except (RayActorError, GetTimeoutError):
+                part: FeederReport = ray.get(told)
+            except RayActorError:
                 continue
             report.units.update(part.units)
             report.examples.extend(part.examples)

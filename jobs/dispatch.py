@@ -126,7 +126,8 @@ class Dispatcher:
     async def _reach(self, batch: MicroBatch, left: dict[int, Request], attempt: int) -> AsyncIterator[list[Answer]]:
         """Ask for what is ``left`` of a micro-batch, until nothing is: what is answered is taken out.
 
-        One that is to go alone, and was lost while it waited for those before it, was not in the engine that died.
+        One that is to go alone, and was lost while it waited for those before it, was not in the engine that died: it
+        waits again, as often as engines may die.
         """
         spared = 0
         while not self._closed and left:
@@ -144,6 +145,10 @@ class Dispatcher:
             except NOT_REACHED:
                 await _wait(1)
             except LOST as error:
+                if not is_inside and spared < MOST_DEATHS:
+                    spared += 1
+                    await _wait(spared)
+                    continue
                 if started >= self._latest_death:  # What was in flight before was lost in the death before.
                     self._deaths, self._latest_death = self._deaths + 1, time.monotonic()
                 if self._deaths > MOST_DEATHS and not await self._lives(batch.sampling):
@@ -151,10 +156,7 @@ class Dispatcher:
                         f"{self._deaths} engines died one after the other, no call was answered: {_words(error)}",
                         remedy="The replicas' logs are in Ray's session folder, under logs/serve.",
                     ) from error
-                if is_inside or spared == FREE_CALLS:
-                    raise
-                spared += 1
-                await _wait(1)
+                raise
             except (RayTaskError, RayServeException) as error:
                 yield [Answer(_failed(request, error), attempts=attempt) for request in left.values()]
                 return

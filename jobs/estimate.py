@@ -158,7 +158,7 @@ def _output_tokens(spec: JobSpec, wish: Wish) -> tuple[float, float, str]:
         manifest = read_manifest(locate(wish.like))
         if manifest is None:
             raise OutputError(f"{wish.like} is no finished job.", remedy="Give --like the output folder of one.")
-        if manifest["engine"] == "instant" or not manifest["rows"]:
+        if manifest["engine"] == "instant" or not manifest["finish_reasons"]:
             raise ConfigError(f"{wish.like} has no infills of a model.", remedy="Give --like a job that has some.")
         mean = manifest["completion_tokens"] / manifest["rows"]
         return min(float(spec.max_tokens), mean), stop_share(manifest), wish.like

@@ -1,5 +1,6 @@
 """What the terminal shows of a running job: a rich display, or plain lines when nobody watches."""
 
+import math
 import time
 from types import TracebackType
 from typing import Self
@@ -108,7 +109,7 @@ def _completions(progress: Progress) -> int:
 
 def describe_speed(progress: Progress) -> str:
     """Rows and tokens a second (made or scored), cache hits and errors, in one line."""
-    tally, seconds = progress.tally, max(progress.seconds, 1e-9)
+    tally, seconds = progress.tally, progress.seconds or math.inf
     fresh = progress.fresh_rows / max(1, tally.rows)
     hits = tally.cached_tokens / tally.prompt_tokens if tally.prompt_tokens else 0.0
     errors = f", {tally.errors:,} errors" if tally.errors else ""
@@ -121,7 +122,7 @@ def describe_speed(progress: Progress) -> str:
 
 def _eta(progress: Progress) -> str:
     left = progress.total - progress.resumed_rows - progress.tally.rows
-    if not progress.fresh_rows:
+    if not progress.fresh_rows or not progress.seconds:
         return "unknown time"
     return _clock(left * progress.seconds / progress.fresh_rows)
 

@@ -57,8 +57,8 @@ class Progress:
 
     @property
     def fresh_rows(self) -> int:
-        """Rows that this run generated."""
-        return self.tally.rows - self.tally.replayed
+        """Rows that this run generated; none until as many rows are ready as it found in the journal."""
+        return max(0, self.tally.rows - self.tally.replayed)
 
 
 class Watcher:
@@ -227,13 +227,24 @@ def _serve(run: _Run, crew: Crew, left: deque[Unit], *, embedded: bool) -> None:
     job, spec, watcher = run.job, run.job.spec, run.watcher
     run.progress.stage = "starting the engine"
     watcher.update(run.progress)
+    told = time.monotonic()
+
+    def check() -> None:
+        """Meanwhile feeders read what earlier runs kept: whoever goes on with a job is shown that it is there."""
+        nonlocal told
+        run.check()
+        if time.monotonic() - told >= POLL_SECONDS:
+            _tell(run, crew)
+            told = time.monotonic()
+
     replicas = ReplicaConfig(replicas=spec.replicas, cores=spec.cores)
     service = fleet.join_or_start(
-        job.engine, replicas, embedded=embedded, alone=run.alone, say=watcher.say, check=run.check
+        job.engine, replicas, embedded=embedded, alone=run.alone, say=watcher.say, check=check
     )
     try:
         brood.remember()
         run.started.reached("engine")
+        _tell(run, crew)
         info = service.info
         route, rows = _route(run, crew, left, service)
         before, ran, earlier = service.stats(), run.ran, run.replica_seconds

@@ -167,6 +167,8 @@ def report(tuning: Tuning, *, source: str) -> str:
 
 def check_output(output: Path) -> None:
     """Raise ``OutputError`` where no file can be written, before minutes are spent on what is to stand in it."""
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder.", remedy="Name a file in it.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output.parent):

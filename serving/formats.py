@@ -419,8 +419,12 @@ class Format:
 def _chars_of(normal: str, most: int, part: Callable[[int], str]) -> int:
     """How many characters of a text, of which ``part`` gives so many, its tokenizer has read as ``normal``.
 
-    Qwen's composes them (NFC), so that a letter and its accent are one.
+    Qwen's composes them (NFC), so that a letter and its accents are one: a part may become shorter by one more.
     """
-    return (
-        bisect_right(range(most + 1), len(normal), key=lambda chars: len(unicodedata.normalize("NFC", part(chars)))) - 1
-    )
+
+    def read(chars: int) -> str:
+        return unicodedata.normalize("NFC", part(chars))
+
+    about = bisect_right(range(most + 1), len(normal), key=lambda chars: len(read(chars))) - 1
+    near = range(max(0, about - CHARACTER_TOKENS), min(most, about + CHARACTER_TOKENS) + 1)
+    return next((chars for chars in reversed(near) if read(chars) == normal), about)

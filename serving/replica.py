@@ -35,6 +35,9 @@ T = TypeVar("T")
 STREAM_SECONDS = 0.02
 """Between two messages of a stream: what comes faster comes together, since messages cost more than tokens."""
 
+ALONE_SECONDS = 0.1
+"""Serve sends what a replica has said a moment later: long enough before a row that may kill the process."""
+
 ANSWER_SECONDS = 1.0
 """A row that is done waits at most so long for its neighbours in the micro-batch: only what has come can be kept.
 
@@ -70,13 +73,15 @@ class Replica:
     async def generate(self, batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
         """Answer every request of a micro-batch: all at once, or every ``ANSWER_SECONDS`` those that are done by then.
 
-        Before a micro-batch that goes alone comes a result of no rows: none but its own are in the engine from then on.
+        Before a micro-batch that goes alone comes a result of no rows: of jobs' rows none but its own are in the engine
+        from then on.
         Raises ``EngineGoneError`` when the engine is dead already, ``EngineDeadError`` when it dies meanwhile,
         ``EngineHungError`` when it stands still for longer than its measured pace explains.
         """
         async with self._admitted(batch):
             if batch.alone:
                 yield MicroBatchResult(self._name, ())
+                await asyncio.sleep(ALONE_SECONDS)
             async for results in self._answer(batch):
                 yield MicroBatchResult(self._name, results, self._engine.stats().waiting)
 

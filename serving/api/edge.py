@@ -27,8 +27,8 @@ BODY_SECONDS = 30.0
 BODY_RATE = 16 << 10
 """Bytes a second that a body brings at least."""
 
-COMING_BODIES = 500
-"""Bodies of one tenant that are on their way at once: a quarter of what a gateway holds open. Nothing else bounds what
+COMING_BODIES = 1_000
+"""Bodies of one tenant that are on their way at once: half of what a gateway holds open. Nothing else bounds what
 is sent slowly, since a request is admitted when it is read."""
 
 GONE, FAILED = 499, 500
@@ -101,7 +101,8 @@ class Edge:
         if route is not None:
             try:
                 tenant = (await self._door.let_in(scope)).tenant
-                self._check_coming(tenant)
+                if _has_body(scope):
+                    self._check_coming(tenant)
             except SpanfillError as error:
                 scope["route"] = route
                 await _turned_away(scope, receive, send, error)
@@ -120,8 +121,7 @@ class Edge:
 async def _turned_away(scope: Scope, receive: Receive, send: Send, error: SpanfillError) -> None:
     """Answer with an error; nobody waits for the rest of a body, so the connection is of no more use behind one."""
     answer = reply(Request(scope), error)
-    headers = dict(scope["headers"])
-    if headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
+    if _has_body(scope):
         answer.headers["Connection"] = "close"
     await answer(scope, receive, send)
 
@@ -134,8 +134,7 @@ class _Body:
     """
 
     def __init__(self, scope: Scope, receive: Receive, most: int, coming: Counter[str], tenant: str) -> None:
-        headers = dict(scope["headers"])
-        told = headers.get(b"content-length", b"0")
+        told = dict(scope["headers"]).get(b"content-length", b"0")
         self._receive = receive
         self._most = most
         self._told = int(told) if told.isdigit() else 0
@@ -144,7 +143,7 @@ class _Body:
         self._coming = coming
         self._tenant = tenant
         self._is_whole = False
-        self._is_counted = self._told > 0 or b"transfer-encoding" in headers
+        self._is_counted = _has_body(scope)
         if self._is_counted:
             coming[tenant] += 1
 
@@ -178,6 +177,11 @@ class _Body:
             self._coming[self._tenant] -= 1
             if not self._coming[self._tenant]:
                 del self._coming[self._tenant]
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = dict(scope["headers"])
+    return headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
 
 
 def _route(scope: Scope) -> str:

@@ -1,6 +1,7 @@
 """The dialects' ``Service`` on the replicas: check, render, admit, call, write the text, meter. One model a service."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
@@ -42,8 +43,8 @@ LARGE_CHARS = 200_000
 """Requests with more text are tokenised one after the other, tenants in turn: 4 MB take seconds, and nobody was
 admitted yet."""
 
-FEW_CHARS, RENDERS = 4_000, 2
-"""Of those with more than a few characters, two of a tenant are tokenised at once: all share a gateway's threads."""
+FEW_CHARS, RENDERS = 4_000, max(2, len(os.sched_getaffinity(0)) // 2)
+"""Of those with more than a few characters so many of a tenant are tokenised at once: all share a gateway's threads."""
 
 
 class Desk(Protocol):

@@ -20,7 +20,7 @@ POISON = "xqxqxqxq"
     ("fault", "batch_rows", "code", "words", "poisonous"),
     [
         ("crash_on", 4, "engine_dead", "the simulated engine crashed", {150, 151, 399}),
-        ("kill_on", 2, "engine_dead", "the replica's process died", {200}),
+        ("kill_on", 16, "engine_dead", "the replica's process died", {192}),
         ("hang_on", 1, "engine_hung", "the engine hangs: it made no step in", {300}),
     ],
 )

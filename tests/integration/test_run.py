@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -338,19 +339,45 @@ def test_no_manifest_is_there_while_error_rows_are_done_again(tmp_path: Path, ch
     assert_manifest_is_true(output)
 
 
-def test_a_damaged_segment_is_set_aside_and_said(write_rows: WriteRows, tmp_path: Path, checkpoint: Path) -> None:
-    class Impatient(Watcher):
-        """Stops the job once 50 rows are done."""
+SLOW = {"engine": "simulated", "engine_args": {"max_num_seqs": 4}, "batch_rows": 4}
 
-        def update(self, progress: Progress) -> None:
-            if progress.stage == "running" and progress.tally.rows > 50:
-                raise InterruptedJobError("enough.", remedy="")
 
+class Impatient(Watcher):
+    """Stops the job once 50 rows are done in one stage of it."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+
+    def update(self, progress: Progress) -> None:
+        if progress.stage == self._stage and progress.tally.rows > 50:
+            raise InterruptedJobError("enough.", remedy="")
+
+
+def test_what_earlier_runs_kept_is_shown_while_engines_start(
+    write_rows: WriteRows, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, output = write_rows(prefix=[f"row {i}" for i in range(1_000)]), tmp_path / "out"
-    slow = {"engine": "simulated", "engine_args": {"max_num_seqs": 4}, "batch_rows": 4}
-    job = spec(source, output, checkpoint, **slow)
+    job = spec(source, output, checkpoint, **SLOW)
     with pytest.raises(InterruptedJobError):
-        run_job(job, watcher=Impatient())
+        run_job(job, watcher=Impatient("running"))
+
+    def start(*given: object, check: Callable[[], None], **more: object) -> None:
+        """Takes a minute."""
+        for _ in range(600):
+            check()
+            time.sleep(0.1)
+        pytest.fail("nothing was shown")
+
+    monkeypatch.setattr("serving.fleet.join_or_start", start)
+    with pytest.raises(InterruptedJobError):
+        run_job(job, watcher=Impatient("starting the engine"))
+
+
+def test_a_damaged_segment_is_set_aside_and_said(write_rows: WriteRows, tmp_path: Path, checkpoint: Path) -> None:
+    source, output = write_rows(prefix=[f"row {i}" for i in range(1_000)]), tmp_path / "out"
+    job = spec(source, output, checkpoint, **SLOW)
+    with pytest.raises(InterruptedJobError):
+        run_job(job, watcher=Impatient("running"))
     (segment,) = output.glob("_spanfill/journal/*/*.arrow")
     segment.write_bytes(segment.read_bytes()[:-1] + b"\0")
     onlooker = Onlooker(output)

@@ -282,10 +282,13 @@ def test_the_end_says_what_the_caches_could_have_had(
     manifest: dict[str, Any] = {"rows": rows, "input_rows": rows, "errors": 0, "seconds": 1.0, "rows_per_second": 2.0}
     manifest |= {"output_tokens_per_second": 4.0, "prefix_cache_hit_share": 0.25, "ideal_hit_share": 0.5}
     manifest |= {"tally": {"rows": rows}, "engine": "simulated"}
+    failed = manifest | {"rows": rows - 3, "errors": 3, "error_codes": {"bad_input": 3}}
     summary(manifest, JobSpec(input="in", output="out", rows_per_part=100, order=order))
     told = " ".join(capsys.readouterr().err.split())
     assert "25.0% of the prompt tokens from the prefix cache (ideal: 50.0%; simulated engine)" in told
     assert ("--order global" in told) is hints
     assert told.startswith(f"{rows} rows, 0 errors")
+    summary(failed, JobSpec(input="in", output="out"))
+    assert capsys.readouterr().err.startswith(f"{rows} rows, 3 errors")
     summary(manifest | {"rows": 3 * rows}, JobSpec(input="in", output="out", n=3, temperature=1.0))
     assert capsys.readouterr().err.startswith(f"{3 * rows} samples of {rows} rows, 0 errors")

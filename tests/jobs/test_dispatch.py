@@ -7,7 +7,7 @@ import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
 from jobs import dispatch
-from jobs.dispatch import FREE_CALLS, Answer, Dispatcher
+from jobs.dispatch import FREE_CALLS, MOST_DEATHS, Answer, Dispatcher
 from serving.errors import EngineDeadError, EngineError, EngineGoneError, EngineHungError
 from serving.pace import Gate
 from serving.protocol import Completion, MicroBatch, MicroBatchResult, Request, Result, Sampling
@@ -247,3 +247,35 @@ def test_a_row_that_waited_to_be_alone_is_not_condemned_when_those_before_it_kil
     (found,) = asyncio.run(answers_of(Dispatcher(call, max_attempts=1), requests(1)))
     assert (found.result.error_code, found.attempts) == (None, 2)
     assert calls == [False, *[True] * (FREE_CALLS + 1)]
+
+
+def test_a_row_that_is_never_heard_of_again_is_given_up_in_the_end() -> None:
+    """It may kill its engine before anything that the replica says comes through."""
+    calls = 0
+
+    def call(batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
+        nonlocal calls
+        calls += 1
+        raise RayActorError
+
+    (found,) = asyncio.run(answers_of(Dispatcher(call, max_attempts=1), requests(1)))
+    assert (found.result.error_code, calls) == ("engine_dead", 2 + MOST_DEATHS)
+
+
+def test_losses_while_a_row_waited_to_be_alone_do_not_speak_against_the_engine() -> None:
+    """Nothing but one micro-batch, whose first row is poisonous, and nothing is heard of a call's first try."""
+    tries = Counter[tuple[int, ...]]()
+
+    async def call(batch: MicroBatch) -> AsyncIterator[MicroBatchResult]:
+        held = tuple(r.key for r in batch.requests)
+        tries[held] += 1
+        if batch.alone and tries[held] % 2:
+            raise RayActorError
+        if batch.alone:
+            yield INSIDE
+        if 0 in held:
+            raise RayActorError
+        yield answer(batch)
+
+    answers = asyncio.run(answers_of(Dispatcher(call, max_attempts=3), requests(512)))
+    assert {a.result.key for a in answers if a.result.error_code} == {0}

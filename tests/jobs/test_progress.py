@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from jobs.progress import Display
+from jobs.progress import Display, describe_speed
 from jobs.runner import Progress
 from jobs.tally import Tally
 
@@ -51,6 +51,12 @@ def test_a_plain_line_comes_each_thirty_seconds(monkeypatch: pytest.MonkeyPatch)
     assert len(plain) in (3, 4)
     assert "100 of 4,000 rows, 10.0 rows/s" in plain[0]
     assert "0:06:30 left" in plain[0]
+
+
+def test_while_engines_start_rows_that_are_kept_have_no_speed() -> None:
+    tally = Tally(rows=300, replayed=400, samples=1_200, finish_reasons={"eom": 1_200})
+    assert describe_speed(Progress(4_000, tally)).startswith("0.0 rows/s, 0 tokens/s")
+    assert Progress(4_000, tally, seconds=1).fresh_rows == 0
 
 
 def test_of_several_samples_a_row_no_more_than_all_are_cut() -> None:

@@ -174,5 +174,7 @@ def test_a_report_that_cannot_be_written_is_known_before_anything_runs(tmp_path:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"engine\.yaml cannot be written"):
         check_output(Path(name.format(tmp_path)))
+    with pytest.raises(OutputError, match=r"is a folder\. Name a file in it"):
+        check_output(tmp_path)
     check_output(tmp_path / "new" / "engine.yaml")
     assert list((tmp_path / "new").iterdir()) == []

@@ -344,7 +344,11 @@ def test_a_cancelled_call_blocks_nobody_who_wants_to_be_alone(start_replica: Sta
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_people_wait_for_no_row_that_is_to_be_alone(start_replica: StartReplica, inside: bool) -> None:
+def test_people_wait_for_no_row_that_is_to_be_alone(
+    start_replica: StartReplica, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.replica.ALONE_SECONDS", 0.0)
+
     async def main() -> None:
         replica = await start_replica(kind="simulated", time_scale=0.02)
         others = [] if inside else [call(replica, GOOD)]

@@ -280,6 +280,7 @@ def test_a_tenant_sends_so_many_bodies_at_once_and_others_theirs(monkeypatch: py
         first, second = (asyncio.ensure_future(answered(gateway, [b"{"])) for _ in range(2))
         await asyncio.sleep(0.05)
         assert await answered(gateway, []) == [503]
+        assert (await asyncio.to_thread(gateway.client.get, "/v1/models")).status_code == 200
         other = asyncio.ensure_future(answered(gateway, [], key=b"bob"))
         await asyncio.sleep(0.05)
         assert not other.done()

@@ -727,6 +727,7 @@ def test_a_tenants_longer_texts_take_no_more_than_two_threads(monkeypatch: pytes
         return Rendered(ask, (1,), truncated=False)
 
     monkeypatch.setattr(service, "render", slowly)
+    monkeypatch.setattr(service, "RENDERS", 2)
 
     async def run() -> None:
         house = House()
