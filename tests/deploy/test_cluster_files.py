@@ -39,3 +39,12 @@ def test_the_fleets_file_names_a_known_model_and_known_settings() -> None:
     (application,) = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())["applications"]
     assert application["import_path"] == "serving.app:build_app"
     assert AppConfig.parse(application["args"]).model in KNOWN_MODELS
+
+
+def test_every_node_asks_for_rays_token_and_has_it() -> None:
+    """Ray starts no node that asks for a token and finds none in its user's home."""
+    starts = [*LAUNCHER["head_start_ray_commands"], *LAUNCHER["worker_start_ray_commands"]]
+    starts = [command for command in starts if "ray start" in command]
+    assert len(starts) == 2
+    assert all(command.startswith("RAY_AUTH_MODE=token ") for command in starts)
+    assert LAUNCHER["file_mounts"][f"/home/{LAUNCHER['auth']['ssh_user']}/.ray/auth_token"] == "~/.ray/auth_token"
