@@ -40,9 +40,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="spanfill-peers-") as temporary:
         folder = Path(temporary)
         setting = _setting(options, write_rows(rows, folder / "rows.parquet"))
-        about = _about(options, setting, len(rows))
         if options.check:
-            return _check(options, setting, folder, about)
+            return _check(options, replace(setting, dtype="float32", keep_outputs=True), folder, len(rows))
+        about = _about(options, setting, len(rows))
         try:
             made = begun(options.json, about) if options.json else {}
         except ValueError as error:
@@ -128,8 +128,8 @@ def _tell(report: dict[str, Any], options: argparse.Namespace) -> None:
         plot(report, options.plot)
 
 
-def _check(options: argparse.Namespace, setting: Setting, folder: Path, about: dict[str, Any]) -> int:
-    setting = replace(setting, dtype="float32", keep_outputs=True)
+def _check(options: argparse.Namespace, setting: Setting, folder: Path, rows: int) -> int:
+    about = _about(options, setting, rows) | {"contestants": PAIR, "rounds": 1}
     played: dict[str, list[Attempt]] = {name: [] for name in PAIR}
     play(played, 1, setting, folder, options.timeout)
     attempts = {name: found[0] for name, found in played.items()}
@@ -139,8 +139,7 @@ def _check(options: argparse.Namespace, setting: Setting, folder: Path, about: d
     found = compare(*(attempts[name].outputs for name in PAIR))
     print(f"{' and '.join(PAIR)} in float32: {found.compared:,} rows compared, {len(found.unequal):,} unequal")
     if options.json:
-        told = {"setting": about["setting"] | {"dtype": "float32"}, "check": found.as_dict()}
-        publish_json(options.json, about | told)
+        publish_json(options.json, about | {"check": found.as_dict()})
     return 0 if found.equal else 1
 
 
