@@ -35,7 +35,7 @@ T = TypeVar("T")
 STREAM_SECONDS = 0.02
 """Between two messages of a stream: what comes faster comes together, since messages cost more than tokens."""
 
-ALONE_SECONDS = 0.1
+ALONE_SECONDS = 0.05
 """Serve sends what a replica has said a moment later: long enough before a row that may kill the process."""
 
 ANSWER_SECONDS = 1.0
