@@ -97,6 +97,7 @@ class Feeder:
         self._flights: dict[int, Flight] = {}
         self._works: dict[int, UnitWork] = {}
         self._said: list[str] = []
+        self._isolates = False
         self._tasks: set[asyncio.Task[Tally | None]] = set()
         self._sampling = SCORING if config.spec.task == "score" else _infilling(config, self._format)
 
@@ -229,6 +230,9 @@ class Feeder:
         assert self._dispatcher is not None
 
         def suspected() -> None:
+            if not self._isolates:
+                self._said.append("engines die with some rows: looking for those at fault, one engine after another")
+            self._isolates = True
             self._lanes.settle(ticket, answered=False)
             self._pump()
 

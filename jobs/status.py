@@ -88,6 +88,8 @@ def _unfinished(ledger: Ledger, units: Sequence[Unit], holder: Holder | None) ->
         reports = dict(zip(sorted(done), ledger.try_reports(sorted(done)), strict=True))
         tally, problems = _done(ledger, units, reports), _damage(ledger, units, reports)
         rows, codes = tally.rows, tally.error_codes
+    elif all(unit.retries < 0 for unit in units):  # The runner tells every few seconds, and nothing when it begins.
+        rows = max(rows, sum(unit.rows for unit in units if unit.index in done))
     total = sum(unit.rows for unit in units if unit.retries < 0)
     speed = float(told.get("rows_per_second", 0.0))
     return Status(

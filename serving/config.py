@@ -24,15 +24,17 @@ class Frozen(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(
-                f"{where}: {_problems(error)}.", remedy=f"Known keys: {', '.join(cls.model_fields)}."
-            ) from None
+            is_unknown = any(e["type"] == "extra_forbidden" for e in error.errors(include_url=False))
+            remedy = f"Known keys: {', '.join(cls.model_fields)}." if is_unknown else "Give what is allowed."
+            raise ConfigError(f"{where}: {_problems(error)}.", remedy=remedy) from None
 
 
 def _problems(error: ValidationError) -> str:
     """Each with its key and value; what is wrong with several keys together names them itself."""
     return "; ".join(
-        f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"]
+        f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}"
+        if e["loc"]
+        else e["msg"].removeprefix("Value error, ")
         for e in error.errors(include_url=False)
     )
 

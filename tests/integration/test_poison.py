@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import JobSpec, run_job
+from jobs.runner import Watcher
 from jobs.verify import verify
 from serving.formats import load_format
 from tests.runs import rows
@@ -14,6 +15,17 @@ from tests.runs import rows
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("cluster")]
 COUNT = 400
 POISON = "xqxqxqxq"
+
+
+class Listener(Watcher):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def say(self, message: str) -> None:
+        """Keep it."""
+        self.heard.append(message)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +44,9 @@ def test_a_poisonous_row_becomes_an_error_row_and_its_neighbours_finish(
     pq.write_table(pa.table({"id": range(COUNT), "prefix": prefixes}), tmp_path / "rows.parquet")
     values = {"input": str(tmp_path / "rows.parquet"), "output": str(tmp_path / "out"), "max_tokens": 16}
     values |= {"engine": "simulated", "engine_args": {fault: tokens, "time_scale": 20}, "batch_rows": batch_rows}
-    manifest = run_job(JobSpec.parse(values | {"order": "input", "max_attempts": 1}))
+    watcher = Listener()
+    manifest = run_job(JobSpec.parse(values | {"order": "input", "max_attempts": 1}), watcher=watcher)
+    assert sum("looking for those at fault" in line for line in watcher.heard) == 1, watcher.heard
     assert (manifest["rows"], manifest["error_codes"]) == (COUNT - len(poisonous), {code: len(poisonous)})
     assert [row["id"] for row in rows(tmp_path / "out")] == [i for i in range(COUNT) if i not in poisonous]
     errors = rows(tmp_path / "out", "errors")

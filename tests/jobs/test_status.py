@@ -120,11 +120,11 @@ def test_a_job_that_somebody_holds_is_running_and_tells_what_they_told(clean: Jo
     assert (status.host, status.pid) == ("far-away", 4_321)
 
 
-def test_a_runner_that_has_told_nothing_yet_is_running_all_the_same(clean: JobFolder) -> None:
+def test_of_a_runner_that_has_told_nothing_yet_the_finished_parts_tell(clean: JobFolder) -> None:
     clean.interrupt(1)
     clean.hold(stranger())
     status = read_status(str(clean.output))
-    assert (status.state, status.rows, status.eta_seconds) == ("running", 0, None)
+    assert (status.state, status.rows, status.eta_seconds) == ("running", TOTAL - 10, None)
 
 
 @pytest.mark.parametrize("why", ["silent", "released", "gone"])
