@@ -231,8 +231,8 @@ class Feeder:
 
         def suspected() -> None:
             if not self._isolates:
+                self._isolates = True
                 self._said.append("engines die with some rows: looking for those at fault, one engine after another")
-            self._isolates = True
             self._lanes.settle(ticket, answered=False)
             self._pump()
 

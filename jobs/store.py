@@ -236,7 +236,7 @@ def _failed(location: Location, deed: str, error: BaseException) -> StorageError
     reason = os.strerror(number) if number else str(error).strip().rstrip(".").splitlines()[0]
     return StorageError(
         f"{location} cannot be {deed}: {reason}.",
-        remedy="Mend that and run again: a job resumes with what it has done.",
+        remedy="Mend that and run again to resume; what a job has done is kept.",
     )
 
 

@@ -24,7 +24,7 @@ class Frozen(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            is_unknown = any(e["type"] == "extra_forbidden" for e in error.errors(include_url=False))
+            is_unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors())
             remedy = f"Known keys: {', '.join(cls.model_fields)}." if is_unknown else "Give what is allowed."
             raise ConfigError(f"{where}: {_problems(error)}.", remedy=remedy) from None
 

@@ -190,7 +190,7 @@ class SimulatedEngine:
     ) -> int:
         """Wait until the clock says that it is done; ``made`` is told the tokens of each step but the last."""
         if self._dead:
-            raise EngineDeadError(self._dead.message)
+            raise self._dead
         steps = len(completion.token_ids) + (completion.stop_token_id is not None)
         done = asyncio.get_running_loop().create_future()
         sequence = Sequence(request.token_ids, max(1, steps), cache_salt, done, told=made)

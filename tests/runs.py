@@ -15,6 +15,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.runner import Watcher
+
 NAMES = {
     "replica": "ray::ServeReplica",
     "feeder": "ray::Feeder",
@@ -57,6 +59,17 @@ def counting(folder: Path) -> dict[str, str]:
 def answered(folder: Path) -> int:
     """Rows that engines answered in all runs that counted in ``folder``, whatever became of the answers."""
     return sum(int.from_bytes(path.read_bytes(), "little") for path in folder.iterdir())
+
+
+class Listener(Watcher):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def say(self, message: str) -> None:
+        """Keep it."""
+        self.heard.append(message)
 
 
 class Run:

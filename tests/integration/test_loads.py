@@ -27,10 +27,10 @@ def test_people_and_a_job_share_two_engines_and_all_figures_are_told(tmp_path: P
     assert found["job alone, rows/s"] > 5
 
 
-def test_two_hundred_streams_at_once_end_without_an_error(tmp_path: Path) -> None:
+def test_two_hundred_streams_at_once_for_a_minute_end_without_an_error(tmp_path: Path) -> None:
     with running_server(tmp_path, "--engine", "simulated", "--model", MODEL) as server:
-        asked = parse(["--streams", "200", "--seconds", "10"])
+        asked = parse(["--streams", "200", "--seconds", "60"])
         found = asyncio.run(streams(server, server.new_tenant("acme"), asked))
     assert found["errors"] == {}
-    assert found["seconds"] >= 10
+    assert found["seconds"] >= 60
     assert found["streams"] > 200

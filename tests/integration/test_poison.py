@@ -7,25 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import JobSpec, run_job
-from jobs.runner import Watcher
 from jobs.verify import verify
 from serving.formats import load_format
-from tests.runs import rows
+from tests.runs import Listener, rows
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("cluster")]
 COUNT = 400
 POISON = "xqxqxqxq"
-
-
-class Listener(Watcher):
-    """Keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def say(self, message: str) -> None:
-        """Keep it."""
-        self.heard.append(message)
 
 
 @pytest.mark.parametrize(

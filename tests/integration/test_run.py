@@ -21,6 +21,7 @@ from jobs import JobSpec, run_job
 from jobs.runner import Progress, Watcher
 from serving.errors import InputChangedError, InterruptedJobError, OutputError, TooManyErrorsError
 from tests.conftest import WriteRows
+from tests.runs import Listener
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("cluster")]
 LANGUAGES = {
@@ -135,13 +136,6 @@ def test_a_damaged_page_stops_the_job_and_names_file_and_rows(
 
 
 def test_repeated_ids_and_foreign_files_are_told_once(write_rows: WriteRows, tmp_path: Path, checkpoint: Path) -> None:
-    class Listener(Watcher):
-        def __init__(self) -> None:
-            self.heard: list[str] = []
-
-        def say(self, message: str) -> None:
-            self.heard.append(message)
-
     write_rows("in/a.parquet", prefix=["a", "b", "c", "d"], id=[7, 7, 7, 8])
     (tmp_path / "in" / "notes.txt").write_text("not Parquet")
     listener = Listener()
@@ -286,17 +280,13 @@ def test_an_id_that_is_not_utf8_is_a_bad_row(tmp_path: Path, checkpoint: Path) -
     assert "column id is not UTF-8 at byte 4" in error["error_message"]
 
 
-class Onlooker(Watcher):
+class Onlooker(Listener):
     """Hears what is said, and sees at every look whether there is a manifest."""
 
     def __init__(self, output: Path) -> None:
+        super().__init__()
         self.manifest = output / "_spanfill" / "manifest.json"
-        self.heard: list[str] = []
         self.seen: list[bool] = []
-
-    def say(self, message: str) -> None:
-        """Keep it."""
-        self.heard.append(message)
 
     def update(self, progress: Progress) -> None:
         """Look."""

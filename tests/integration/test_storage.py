@@ -98,7 +98,7 @@ def test_a_store_that_fails_for_good_stops_the_job_which_resumes_when_it_is_back
         healthy.down = True
 
     spec = job(source, healthy.uri("gone"), rows_per_second=200, store_patience=3)
-    with pytest.raises(StorageError, match=rf"s3://{BUCKET}/gone/.* cannot be .*run again: a job resumes") as told:
+    with pytest.raises(StorageError, match=rf"s3://{BUCKET}/gone/.* cannot be .*run again to resume") as told:
         run_job(spec, watcher=Meddler(600, break_down))
     assert "ray::" not in str(told.value)
     healthy.down = False
