@@ -21,11 +21,10 @@ NAMES = {
     "replica": "ray::ServeReplica",
     "feeder": "ray::Feeder",
     "controller": "ray::ServeController",
-    "engine": "VLLM::EngineCore",
     "raylet": "raylet",
     "gcs_server": "gcs_server",
 }
-"""What the processes of a run call themselves; ``driver`` is the command itself."""
+"""What the processes of a run call themselves; ``driver`` is the command itself, ``engine`` a core process of vLLM."""
 
 NAME_LENGTH = 15
 """Of a process' name Linux keeps so many characters."""
@@ -117,6 +116,8 @@ class Run:
             mine = psutil.Process(self.process.pid)
             if kind == "driver":
                 return [mine]
+            if kind == "engine":
+                return [core for replica in self.processes("replica") for core in cores(replica)]
             named = [(process, _name(process)) for process in mine.children(recursive=True)]
             self.seen.update((process.pid, name) for process, name in named if name)
             return [process for process, name in named if name == NAMES[kind][:NAME_LENGTH]]
@@ -155,11 +156,19 @@ def running(log: Path, *arguments: object, env: Mapping[str, str] | None = None)
             run.end()
 
 
-def _name(process: psutil.Process) -> str:
-    """Its name while it lives, else nothing.
+def cores(replica: psutil.Process) -> list[psutil.Process]:
+    """The live core processes of vLLM in a replica, which are the children of it that have a child, their worker.
 
-    Of the kernel's own record: a command line is read from the memory of the process, which may have to be waited for.
+    Not by the title that they give themselves: setproctitle looks for its place before the first variable of the
+    environment, and sets none, without a word, where that variable was changed. Ray orders them by chance.
     """
+    with suppress(psutil.NoSuchProcess):
+        return [child for child in replica.children() if _name(child) and child.children()]
+    return []
+
+
+def _name(process: psutil.Process) -> str:
+    """Its name while it lives, else nothing."""
     try:
         return "" if process.status() == psutil.STATUS_ZOMBIE else Path(f"/proc/{process.pid}/comm").read_text().strip()
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):

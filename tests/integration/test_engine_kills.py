@@ -2,7 +2,6 @@
 
 import random
 import signal
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from tests.runs import Run, journaled, rows, running
 pytestmark = pytest.mark.engine
 COUNT = 600
 """Half a minute for four sequences of a fast machine, so that the first journal, after 4 s, is far from the end."""
-
-TRIES = 3
 
 
 @pytest.fixture(scope="module")
@@ -48,55 +45,38 @@ def undisturbed(options: list[object], tmp_path_factory: pytest.TempPathFactory)
     return rows(folder / "out")
 
 
-def next_engine(run: Run, others: list[psutil.Process]) -> psutil.Process | None:
-    """The run's core process that is none of ``others``, once there is one; None where the run is over before."""
+def engine_but(run: Run, others: list[psutil.Process]) -> psutil.Process:
+    """The run's core process that is none of ``others``, of which one may still be about to end, once there is one."""
     found: list[psutil.Process] = []
 
     def look() -> bool:
         found.extend(process for process in run.processes("engine") if process not in others)
-        return bool(found) or run.process.poll() is not None
+        return bool(found)
 
     run.until(look)
-    return found[0] if found else None
-
-
-def killed(run: Run, output: Path, draw: random.Random) -> bool:
-    """Kill a core, the replica of the next one and, once there is a third, the driver: nothing of the run is left.
-
-    False where the run was over first, which tells nothing; a warning says what its processes were.
-    """
-    run.until(lambda: journaled(output) or list(output.glob("data/*")))
-    cores: list[psutil.Process] = []
-    for kind in ("engine", "replica", "driver"):
-        engine = next_engine(run, cores)
-        if engine is None:
-            assert run.process.returncode == 0, run.told
-            warnings.warn(f"ended before its {kind} was killed; its processes were {run.seen}", stacklevel=1)
-            return False
-        cores.append(engine)
-        if kind != "driver":
-            owner = engine if kind == "engine" else engine.parent()
-            assert owner is not None
-            owner.kill()
-    working = [process for kind in ("engine", "replica", "feeder") for process in run.processes(kind)]
-    run.kill("driver", draw)
-    is_killed = run.wait() == -signal.SIGKILL
-    _, alive = psutil.wait_procs([*cores, *working], timeout=60)
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
-    return is_killed
+    return found[0]
 
 
 def test_kills_of_core_replica_and_driver_change_no_infill(
     options: list[object], undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """A run that was too fast for its kills is run again."""
-    draw = random.Random(1)
-    for output in (tmp_path / f"out-{attempt}" for attempt in range(TRIES)):
-        with running(tmp_path / "log", *options, "--output", output) as run:
-            if killed(run, output, draw):
-                break
-    else:
-        pytest.fail(f"no run was there long enough to be killed: {run.told}")
+    """A core dies, the replica of the next one and, once there is a third, the driver: nothing of the run is left."""
+    draw, output = random.Random(1), tmp_path / "out"
+    with running(tmp_path / "log", *options, "--output", output) as run:
+        run.until(lambda: journaled(output) or list(output.glob("data/*")))
+        killed: list[psutil.Process] = []
+        for kind in ("engine", "replica"):
+            engine = engine_but(run, killed)
+            owner = engine if kind == "engine" else engine.parent()
+            assert owner is not None
+            owner.kill()
+            killed.append(engine)
+        engine_but(run, killed)
+        working = [process for kind in ("engine", "replica", "feeder") for process in run.processes(kind)]
+        run.kill("driver", draw)
+        assert run.wait() == -signal.SIGKILL
+        _, alive = psutil.wait_procs([*killed, *working], timeout=60)
+        assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
     with running(tmp_path / "log", *options, "--output", output) as run:
         manifest = run.manifest()
     assert (manifest["rows"], manifest["errors"]) == (COUNT, 0)
