@@ -22,7 +22,7 @@ from jobs.search import Figures, Knob, Settings, Trial, Tuning, search
 from jobs.spec import JobSpec
 from jobs.store import locate, publish_bytes
 from serving.engine_args import is_gpu_build
-from serving.errors import InputError, OutputError
+from serving.errors import InputError, InterruptedJobError, OutputError
 
 RUNS_OF_ROWS = 8
 """The sample's rows stand next to each other in the input by so many runs, since neighbours share their prompts."""
@@ -121,7 +121,11 @@ def _run(spec: JobSpec, sample: Path, settings: Settings, watcher: Watcher | Non
     paths = {"input": str(sample), "output": str(sample.with_name("out"))}
     once = {"limit": None, "keep_columns": None, "overwrite": True, "resume": True, "retry_errors": False}
     trial = JobSpec.parse(spec.model_dump() | paths | once | {"engine_args": settings})
-    manifest = run_job(trial, watcher=watcher, alone=True)  # Beside a fleet, a baseline that joined it is none.
+    try:
+        manifest = run_job(trial, watcher=watcher, alone=True)  # Beside a fleet, a baseline that joined it is none.
+    except InterruptedJobError as error:
+        words = "interrupted; the best of the trials that had ended, if any, is in the output."
+        raise type(error)(words, remedy="It begins anew when it is run again.") from None
     in_force = manifest["engines"]["settings"]
     return Figures(manifest["rows_per_second"], manifest["prefix_cache_hit_share"], manifest["errors"], in_force)
 

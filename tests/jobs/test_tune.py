@@ -17,7 +17,7 @@ from jobs.search import Figures, Knob, Settings, Trial, search
 from jobs.spec import JobSpec
 from jobs.tune import check_output, objection, report, sample_rows, table, tune
 from serving import fleet
-from serving.errors import InputError, OutputError, ResourceError
+from serving.errors import InputError, InterruptedJobError, OutputError, ResourceError, TerminatedJobError
 from tests.conftest import WriteRows
 
 WHOLE = {"enable_chunked_prefill": False, "max_num_batched_tokens": 1_024}
@@ -110,6 +110,19 @@ def test_a_trial_has_engines_of_its_own_or_none(write_rows: WriteRows, monkeypat
     with pytest.raises(ResourceError, match="no GPU is free"):
         tune(spec, minutes=1)
     assert asked == [True]
+
+
+@pytest.mark.parametrize("error", [InterruptedJobError, TerminatedJobError])
+def test_an_interrupted_search_does_not_say_that_it_resumes(
+    write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch, error: type[InterruptedJobError]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("jobs.tune.run_job", refuse)
+    spec = JobSpec.parse({"input": str(write_rows(prefix=["a", "b"])), "output": "out", "engine": "instant"})
+    with pytest.raises(error, match="begins anew"):
+        tune(spec, minutes=1)
 
 
 def test_an_empty_input_is_refused(write_rows: WriteRows) -> None:
