@@ -117,7 +117,7 @@ class Run:
             if kind == "driver":
                 return [mine]
             if kind == "engine":
-                return [core for replica in self.processes("replica") for core in cores(replica)]
+                return [core for replica in self.processes("replica") for core in _cores(replica)]
             named = [(process, _name(process)) for process in mine.children(recursive=True)]
             self.seen.update((process.pid, name) for process, name in named if name)
             return [process for process, name in named if name == NAMES[kind][:NAME_LENGTH]]
@@ -156,7 +156,7 @@ def running(log: Path, *arguments: object, env: Mapping[str, str] | None = None)
             run.end()
 
 
-def cores(replica: psutil.Process) -> list[psutil.Process]:
+def _cores(replica: psutil.Process) -> list[psutil.Process]:
     """The live core processes of vLLM in a replica, which are the children of it that have a child, their worker.
 
     Not by the title that they give themselves: setproctitle looks for its place before the first variable of the

@@ -71,7 +71,7 @@ def test_kills_of_core_replica_and_driver_change_no_infill(
             assert owner is not None
             owner.kill()
             killed.append(engine)
-        engine_but(run, killed)
+        killed.append(engine_but(run, killed))
         working = [process for kind in ("engine", "replica", "feeder") for process in run.processes(kind)]
         run.kill("driver", draw)
         assert run.wait() == -signal.SIGKILL
